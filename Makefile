@@ -1,0 +1,49 @@
+# Two commands matter on a fresh computer: `make quickstart` and `make test`.
+# A bare Python >= 3.11 and a package registry are enough; everything else lands in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+# One thread a process: several processes use the cores, spinning thread pools do not.
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup quickstart test sync notebooks lab run export clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/ready  ## create .venv and install the package with its development tools
+
+.venv/ready: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -e ".[dev]" || $(BIN)/python -m pip install -q -e ".[dev]"
+	touch $@
+
+quickstart: setup  ## draw a world, learn to caption it, show scores and a picture (minutes, no GPU)
+	$(BIN)/expnet quickstart --out runs/quickstart
+
+test: setup sync notebooks  ## what CI runs: clean, in sync, every notebook, pytest
+	$(BIN)/python -m pytest
+
+sync: setup  ## fail if a notebook is not clean or the package differs from the notebooks
+	$(BIN)/python tests/check_sync.py
+
+notebooks: setup  ## execute every notebook
+	$(BIN)/nbdev-test --n-workers $(WORKERS)
+
+lab: setup  ## open the walkthrough in JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+run: setup  ## execute, save and clean notebooks: make run NB=nbs/data/02_shapes.ipynb (default: all)
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-test --n-workers $(WORKERS) --save $(NB)
+	$(BIN)/nbdev-clean
+
+export: setup  ## write expnet/ from the notebooks
+	$(BIN)/nbdev-export
+
+clean:  ## remove what runs and builds leave behind (keeps .venv)
+	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
