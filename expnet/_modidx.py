@@ -278,4 +278,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'expnet.tools.seed_all': ('tools.html#seed_all', 'expnet/tools.py'),
                               'expnet.tools.whole_file': ('tools.html#whole_file', 'expnet/tools.py'),
                               'expnet.tools.write_json': ('tools.html#write_json', 'expnet/tools.py'),
-                              'expnet.tools.write_jsonl': ('tools.html#write_jsonl', 'expnet/tools.py')}}}
+                              'expnet.tools.write_jsonl': ('tools.html#write_jsonl', 'expnet/tools.py')},
+            'expnet.train.losses': {'expnet.train.losses.xe': ('train/losses.html#xe', 'expnet/train/losses.py')}}}
