@@ -37,7 +37,8 @@ def close(path, want: np.ndarray, levels: float) -> None:
 
 @pytest.mark.parametrize("mode, name, levels", [
     ("RGB", "a.png", 0), ("RGB", "a.jpg", 12), ("RGB", "a.webp", 40), ("RGB", "a.bmp", 0), ("RGB", "a.tif", 0),
-    ("RGB", "a.jp2", 3), ("RGB", "a.ppm", 0), ("RGBA", "a.png", 0), ("RGBA", "a.tif", 0), ("RGBA", "a.webp", 40), ("CMYK", "a.jpg", 16),
+    ("RGB", "a.jp2", 3), ("RGB", "a.ppm", 0), ("RGBA", "a.png", 0), ("RGBA", "a.tif", 0),
+    ("RGBA", "a.webp", 40), ("CMYK", "a.jpg", 16),
     ("CMYK", "a.tif", 0), ("YCbCr", "a.tif", 3), ("P", "a.png", 70), ("P", "a.gif", 70), ("P", "a.bmp", 70)])
 def test_colour_modes(tmp_path, mode, name, levels):
     image = RGB.convert(mode) if mode != "P" else RGB.quantize(64)

@@ -165,5 +165,5 @@ def list_images(path: str | Path) -> list[Path]:
     if path.is_file(): return [path]
     found = path.iterdir() if path.is_dir() else map(Path, glob(str(path), recursive=True))
     found = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
-    if not found: raise UserError(f"{path}: no picture files in it" if path.is_dir() else f"{path}: no such file, folder or pattern")
+    if not found: raise UserError(f"{path}: {'no picture files in it' if path.is_dir() else 'no such file, folder or pattern'}")
     return found

@@ -1,0 +1,126 @@
+"""Caption scores: recorded values of the COCO tools, and properties that hold for any caption."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from expnet.score.bleu import bleu
+from expnet.score.cider import CiderD, DocumentFrequency
+
+# pycocoevalcap 1.2 (BLEU, CIDEr-D) and ruotianluo/cider (plain CIDEr, training document frequencies) on 200 sets of captions
+GOLDEN = json.loads((Path(__file__).parent/"golden"/"golden200.json").read_text(encoding="utf-8"))
+HYPS = [item["hyp_ptb"].split() for item in GOLDEN["items"]]
+REFS = [[ref.split() for ref in item["refs_ptb"]] for item in GOLDEN["items"]]
+
+
+def recorded(name: str) -> tuple[float, np.ndarray]:
+    "Corpus value and value per caption of the golden file."
+    return GOLDEN["overall"][name], np.array([item["scores"][name] for item in GOLDEN["items"]])
+
+
+def assert_recorded(name: str, total: float, each: np.ndarray) -> None:
+    overall, captions = recorded(name)
+    assert abs(total - overall) < 1e-9
+    np.testing.assert_allclose(each, captions, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_bleu_equals_the_coco_tools(n):
+    corpus, each = bleu(HYPS, REFS)
+    assert_recorded(f"Bleu_{n}", corpus[n - 1], each[:, n - 1])
+
+
+def test_lower_orders_do_not_depend_on_n():
+    assert np.array_equal(bleu(HYPS, REFS, 2)[1], bleu(HYPS, REFS, 4)[1][:, :2])
+
+
+def test_ciderd_equals_the_coco_tools():
+    assert_recorded("CIDErD_pycocoevalcap", *CiderD().score(HYPS, REFS))
+
+
+def test_plain_cider_equals_its_source():
+    assert_recorded("CIDEr_plain_vrama91", *CiderD(plain=True).score(HYPS, REFS))
+
+
+def test_memory_of_references_changes_nothing():
+    scorer = CiderD(REFS, memo=50)
+    for _ in range(2): assert_recorded("CIDErD_pycocoevalcap", *scorer.score(HYPS, REFS))
+    assert len(scorer.kept) == 50
+    assert_recorded("CIDErD_pycocoevalcap", *CiderD(REFS, memo=0).score(HYPS, REFS))
+
+
+# --- with the Flickr8k data set, where it is there
+
+def flickr8k(split: str) -> list[list[list[str]]]:
+    "Karpathy tokens of every image of `split`; skips without the data set."
+    folder = os.environ.get("EXPNET_FLICKR8K")
+    if not folder: pytest.skip("set EXPNET_FLICKR8K to a folder with dataset_flickr8k.json to run this test")
+    images = json.loads((Path(folder)/"dataset_flickr8k.json").read_text(encoding="utf-8"))["images"]
+    return [[s["tokens"] for s in image["sentences"]] for image in images if image["split"] == split]
+
+
+def with_end(captions: list) -> list: return [tokens + ["EOS"] for tokens in captions]
+
+
+def test_ciderd_with_training_frequencies():
+    train = flickr8k("train")
+    assert_recorded("CIDErD_traindf_noeos", *CiderD(train).score(HYPS, REFS))
+    df = DocumentFrequency([with_end(group) for group in train])
+    assert_recorded("CIDErD_traindf_eos", *CiderD(df).score(with_end(HYPS), [with_end(group) for group in REFS]))
+
+
+def test_one_human_against_the_others():
+    test = flickr8k("test")
+    hyps, refs = [group[0] for group in test], [group[1:] for group in test]
+    assert round(CiderD().score(hyps, refs)[0], 3) == 0.793
+    assert round(bleu(hyps, refs)[0][3], 3) == 0.210
+
+
+# --- for any caption
+
+words = st.text(st.characters(blacklist_categories=["Z", "C"]), min_size=1, max_size=4)  # any script, no spaces
+captions = st.lists(st.one_of(st.sampled_from("a red disc on grass".split()), words), min_size=0, max_size=8)
+groups = st.lists(captions, min_size=1, max_size=4)
+corpora = st.lists(st.tuples(captions, groups), min_size=1, max_size=4)
+few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@few
+@given(corpora)
+def test_scores_are_defined_and_bounded(corpus):
+    hyps, refs = [hyp for hyp, _ in corpus], [group for _, group in corpus]
+    totals, each = bleu(hyps, refs)
+    assert np.isfinite(each).all() and (each >= 0).all() and (each <= 1 + 1e-12).all() and np.isfinite(totals).all()
+    for plain in (False, True):
+        scores = CiderD(plain=plain).score(hyps, refs)[1]
+        assert np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 10 + 1e-9).all()
+        assert all(score == 0 for score, hyp in zip(scores, hyps) if not hyp)
+    assert (each[[not hyp for hyp in hyps]] < 1e-300).all()
+
+
+@few
+@given(corpora, st.randoms(use_true_random=False))
+def test_the_order_of_references_does_not_matter(corpus, random):
+    hyps, refs = [hyp for hyp, _ in corpus], [group for _, group in corpus]
+    mixed = [random.sample(group, len(group)) for group in refs]
+    assert np.array_equal(bleu(hyps, refs)[1], bleu(hyps, mixed)[1])
+    np.testing.assert_allclose(CiderD().score(hyps, refs)[1], CiderD().score(hyps, mixed)[1], rtol=0, atol=1e-12)
+
+
+@few
+@given(st.lists(words, min_size=4, max_size=9))
+def test_a_caption_equal_to_its_reference_scores_the_maximum(caption):
+    other = ["\0"] * 4  # a second image, of which nothing is shared: every n-gram of the first is rare
+    hyps, refs = [caption, other], [[caption], [other]]
+    np.testing.assert_allclose(bleu(hyps, refs)[1], 1, atol=1e-7)
+    np.testing.assert_allclose(CiderD().score(hyps, refs)[1], 10, atol=1e-9)
+
+
+@few
+@given(captions, groups)
+def test_ciderd_never_exceeds_plain_cider(hyp, group):
+    hyps, refs = [hyp, ["a", "boat"]], [group, [["a", "boat"]]]
+    assert CiderD().score(hyps, refs)[1][0] <= CiderD(plain=True).score(hyps, refs)[1][0] + 1e-12
