@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SILENT', 'MARKS', 'SPECIALS', 'PICTURE_COLUMNS', 'ENDINGS', 'Item', 'need', 'known_split', 'of_split',
-           'set_apart', 'tokenize', 'count_words', 'frequent_words', 'index_words', 'Vocab', 'Coverage', 'coverage',
-           'with_words', 'find_image', 'claim', 'karpathy', 'file_text', 'json_rows', 'csv_rows', 'resplit', 'read_row',
-           'captions_file', 'folder', 'save_items', 'load_items']
+           'set_apart', 'tokenize', 'count_words', 'frequent_words', 'index_words', 'read_words', 'Vocab', 'Coverage',
+           'coverage', 'with_words', 'find_image', 'claim', 'karpathy', 'file_text', 'json_rows', 'csv_rows', 'resplit',
+           'read_row', 'captions_file', 'folder', 'save_items', 'load_items']
 
 # %% ../../nbs/data/04_captions.ipynb #imports
 import csv
@@ -105,6 +105,14 @@ def index_words(words: Sequence[str]) -> dict[str, int]:
     if missing: raise UserError(f"vocabulary: special word {missing[0]!r} is missing")
     return index
 
+
+def read_words(path: str | Path) -> list[str]:
+    """The list of words in the JSON file `path`; UserError, naming the file, for what `index_words` refuses."""
+    words = need(read_json(path), "words", list, str(path))
+    try: index_words(words)
+    except UserError as error: raise UserError(f"{path}: {error}") from error
+    return words
+
 # %% ../../nbs/data/04_captions.ipynb #Vocab
 @dataclass(repr=False)
 class Vocab:
@@ -150,9 +158,7 @@ class Vocab:
     @classmethod
     def load(cls, path: str | Path) -> "Vocab":
         """The vocabulary stored in `path`; UserError names the file and what is wrong with it."""
-        words = need(read_json(path), "words", list, str(path))
-        try: return cls(words)
-        except UserError as error: raise UserError(f"{path}: {error}") from error
+        return cls(read_words(path))
 
 # %% ../../nbs/data/04_captions.ipynb #Coverage
 @dataclass(frozen=True)
