@@ -35,7 +35,8 @@ def contents(batches: Batches, epoch: int, start: int = 0) -> list[tuple]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.integers(3, 40), min_size=1, max_size=120), st.integers(1, 9), st.integers(1, 4), st.integers(-3, 2**40), st.integers(0, 99))
+@given(st.lists(st.integers(3, 40), min_size=1, max_size=120), st.integers(1, 9), st.integers(1, 4), st.integers(-3, 2**40),
+       st.integers(0, 99))
 def test_a_plan_holds_every_sample_once_and_every_process_its_share(lengths, each, world, seed, epoch):
     lengths, size = np.array(lengths), each * world
     plan = plan_epoch(lengths, size, seed, epoch)
@@ -139,7 +140,8 @@ FAULTS = [({"batch_size": 0}, "batch_size=0"), ({"batch_size": -2}, "batch_size=
 @pytest.mark.parametrize("settings, message", FAULTS, ids=[m for _, m in FAULTS])
 def test_settings_that_cannot_work_are_refused(settings, message):
     items, vocab = some(4)
-    with pytest.raises(UserError, match=message): Batches(**({"items": items, "vocab": vocab, "store": Table(), "batch_size": 4} | settings))
+    usual = {"items": items, "vocab": vocab, "store": Table(), "batch_size": 4}
+    with pytest.raises(UserError, match=message): Batches(**usual | settings)
 
 
 def test_missing_features_are_found_before_training():

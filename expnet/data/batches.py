@@ -105,7 +105,7 @@ class Store(Protocol):
     def read(self, ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Samples of one step: B ids, x [B, N, D] as stored, mask [B, N], tokens int64 [B*n, T] (SOS .. EOS, PAD), image-major."""
     ids: list[str]
@@ -129,7 +129,7 @@ def read_once(store: Store, ids: list[str]) -> tuple[Tensor, Tensor]:
     return x[index], mask[index]
 
 # %% ../../nbs/data/07_batches.ipynb #Batches
-@dataclass
+@dataclass(repr=False, eq=False)
 class Batches:
     """Endless epochs of batches of `items` with features from `store`; `batch_size` samples over all `world` processes.
 
