@@ -50,7 +50,8 @@ class ShapesNet(nn.Sequential):
 # %% ../../nbs/models/09_backbone.ipynb #Backbone
 class Backbone(nn.Module):
     """Pictures [B, 3, size, size] -> regions [B, N, dim], with the preprocessing that its weights expect."""
-    def __init__(self, trunk: nn.Module, name: str, prepare: Preprocess, options: dict[str, Any], channels_last: bool = False, prefix: int = 0):
+    def __init__(self, trunk: nn.Module, name: str, prepare: Preprocess, options: dict[str, Any], channels_last: bool = False,
+                 prefix: int = 0):
         super().__init__()
         self.trunk, self.name, self.prepare, self.options = trunk, name, prepare, options
         self.channels_last, self.prefix = channels_last, prefix
@@ -60,6 +61,10 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Prepared pictures [B, 3, size, size] -> regions [B, N, dim]."""
         return as_regions(self.trunk(images), self.channels_last, self.prefix)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Training mode, unless every weight is frozen: then the normalisation statistics stay as they are."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     @property
     def spec(self) -> dict[str, Any]:
