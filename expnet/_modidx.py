@@ -54,6 +54,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'expnet.data.shape_language.scene_f1': ( 'data/shape_language.html#scene_f1',
                                                                                      'expnet/data/shape_language.py')},
             'expnet.data.shapes': { 'expnet.data.shapes.Group': ('data/shapes.html#group', 'expnet/data/shapes.py'),
+                                    'expnet.data.shapes.Group.__post_init__': ( 'data/shapes.html#group.__post_init__',
+                                                                                'expnet/data/shapes.py'),
                                     'expnet.data.shapes.Placed': ('data/shapes.html#placed', 'expnet/data/shapes.py'),
                                     'expnet.data.shapes.Record': ('data/shapes.html#record', 'expnet/data/shapes.py'),
                                     'expnet.data.shapes.Record.picture': ('data/shapes.html#record.picture', 'expnet/data/shapes.py'),

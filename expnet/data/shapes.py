@@ -32,12 +32,18 @@ BACKGROUNDS = {"white": (240, 240, 240), "black": (12, 12, 12), "grey": (150, 15
 # %% ../../nbs/data/02_shapes.ipynb #Group
 @dataclass(frozen=True)
 class Group:
-    """`count` equal objects that lie together in one cell (row, column) of a 3 × 3 layout."""
+    """`count` equal objects that lie together in one cell (row, column) of a 3 × 3 layout. UserError for unknown values."""
     count: int
     size: str
     colour: str
     shape: str
     cell: tuple[int, int]
+
+    def __post_init__(self):
+        known = {"count": (1, 2, 3, 4), "size": SIZES, "colour": COLOURS, "shape": SHAPES}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UserError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(map(str, values))}")
 
 # %% ../../nbs/data/02_shapes.ipynb #Scene
 @dataclass(frozen=True)
@@ -51,13 +57,13 @@ class Scene:
 
     def to_dict(self) -> dict:
         "The scene as JSON values."
-        groups = [{"count": g.count, "size": g.size, "colour": g.colour, "shape": g.shape, "cell": list(g.cell)} for g in self.groups]
+        groups = [{**vars(g), "cell": list(g.cell)} for g in self.groups]
         return {"groups": groups, "relations": [list(r) for r in self.relations], "background": self.background}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Scene":
         "The scene that `to_dict` wrote; other keys are passed over."
-        groups = tuple(Group(g["count"], g["size"], g["colour"], g["shape"], tuple(g["cell"])) for g in values["groups"])
+        groups = tuple(Group(**{**g, "cell": tuple(g["cell"])}) for g in values["groups"])
         return cls(groups, tuple((i, name, j) for i, name, j in values["relations"]), values["background"])
 
 # %% ../../nbs/data/02_shapes.ipynb #CLEAR
@@ -203,8 +209,8 @@ def _pixels(placed: Placed, size: int) -> tuple[int, int, int]:
     return round(placed.left * size / UNITS), round(placed.top * size / UNITS), round(placed.side * size / UNITS)
 
 
-def draw(scene: Scene, size: int = 64, seed: int = 0) -> np.ndarray:
-    """The picture of `scene`, uint8 [size, size, 3]. The same scene, size and seed give the same bytes."""
+def draw(scene: Scene, size: int = 64, seed: int = 0, noise: float = NOISE) -> np.ndarray:
+    """The picture of `scene`, uint8 [size, size, 3]; `noise` is a standard deviation. Same arguments, same bytes."""
     rng = np.random.default_rng([1, seed])
     shift = rng.integers(-6, 7, (3, 3)).tolist()
     image = Image.new("RGB", (size, size), BACKGROUNDS[scene.background])
@@ -213,8 +219,8 @@ def draw(scene: Scene, size: int = 64, seed: int = 0) -> np.ndarray:
         colour = tuple(c + s for c, s in zip(COLOURS[group.colour], shift[placed.group]))
         image.paste(colour, (left, top), stencil(group.shape, side))
         if placed.striped: image.paste(_stripe(colour), (left, top), stencil(group.shape, side, True))
-    noise = rng.standard_normal((size, size, 3), dtype=np.float32) * NOISE
-    return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
+    if not noise: return np.array(image)
+    return (rng.standard_normal((size, size, 3), dtype=np.float32) * noise + np.asarray(image)).clip(0, 255).astype(np.uint8)
 
 
 def _stripe(colour: tuple[int, int, int]) -> tuple[int, ...]:
@@ -222,7 +228,7 @@ def _stripe(colour: tuple[int, int, int]) -> tuple[int, ...]:
     return tuple(int(c * 0.75) if sum(colour) > 150 else int(c + 60) for c in colour)
 
 # %% ../../nbs/data/02_shapes.ipynb #COVER
-COVER = 0.15
+COVER = 0.06
 
 
 def label_grid(scene: Scene, grid: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
@@ -237,7 +243,8 @@ def label_grid(scene: Scene, grid: int = 8, seed: int = 0) -> dict[str, np.ndarr
         image.paste(k + 1, (left, top), stencil(scene.groups[p.group].shape, side).point(lambda v: 255 * (v > 127)))
     places = np.asarray(image).reshape(grid, 8, grid, 8).swapaxes(1, 2).reshape(grid, grid, 64)
     cover = np.stack([(places == k + 1).mean(-1) for k in range(len(placed))])
-    owner = np.where(cover.max(0) >= COVER, cover.argmax(0), -1)
+    part = np.where(cover >= COVER, cover / cover.sum((1, 2), keepdims=True).clip(1e-9), 0)
+    owner = np.where(part.max(0) > 0, part.argmax(0), -1)
     index = {"colour": list(COLOURS).index, "shape": SHAPES.index, "size": SIZES.index}
     tables = {name: np.array([at(getattr(scene.groups[p.group], name)) for p in placed] + [-1]) for name, at in index.items()}
     return {name: table[owner] for name, table in tables.items()}
@@ -297,9 +304,9 @@ def _looks(rng, n: int, special: str | None, pair, counted) -> list[tuple[int, s
 
 def _allowed(looks, special: str | None, pair, counted) -> bool:
     "Do these groups differ from each other, keep to the held-out rules, and suit `special`?"
-    kinds, counts = {(c, s) for _, _, c, s in looks}, {(n, s) for n, _, _, s in looks}
-    if len(kinds) < len(looks) or kinds & HELD_PAIRS != ({pair} if pair else set()): return False
-    if counts & HELD_COUNTS != ({counted} if counted else set()): return False
+    if len({look[2:] for look in looks}) < len(looks): return False
+    if [look[2:] for look in looks if look[2:] in HELD_PAIRS] != [pair] * bool(pair): return False
+    if [(n, s) for n, _, _, s in looks if (n, s) in HELD_COUNTS] != [counted] * bool(counted): return False
     if not special: return True
     (n1, _, c1, _), (n2, _, c2, s2) = looks[:2]
     return n1 == n2 == 1 and contrast(COLOURS[c1], COLOURS[c2]) >= CLEAR and (special != "inside" or s2 in HOSTS)
@@ -337,9 +344,9 @@ class Record:
     captions: tuple[str, ...]
     seed: int
 
-    def picture(self, size: int = 64) -> np.ndarray:
+    def picture(self, size: int = 64, noise: float = NOISE) -> np.ndarray:
         """The picture, uint8 [size, size, 3]."""
-        return draw(self.scene, size, self.seed)
+        return draw(self.scene, size, self.seed, noise)
 
 # %% ../../nbs/data/02_shapes.ipynb #record
 def record(split: str, number: int, seed: int = 0, style: str = "mixed", n: int = 5) -> Record:
