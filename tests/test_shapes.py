@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from expnet.data import shape_language as language
-from expnet.data.shapes import (BACKGROUNDS, CLEAR, COLOURS, HELD_COUNTS, HELD_PAIRS, SHAPES, SIZES, Scene, contrast, draw, label_grid,
-                                layout, record, sample_scene, shapes, stencil, write_world)
+from expnet.data.shapes import (BACKGROUNDS, CLEAR, COLOURS, HELD_COUNTS, HELD_PAIRS, SHAPES, SIZES, Scene, contrast, draw,
+                                label_grid, layout, record, shapes, stencil, write_world)
 from expnet.data.shape_language import captions, facts, scene_exact, scene_f1
 from expnet.tools import read_json
 
@@ -28,7 +28,7 @@ def test_every_reference_is_true():
 def test_mixed_length_and_styles():
     lengths = [len(t.split()) for r in WORLD for t in r.captions]
     assert 10.5 < np.mean(lengths) < 12.5
-    means = [np.mean([len(t.split()) for r in WORLD[:100] for t in captions(r.scene, 5, style, 1)]) for style in ("short", "medium", "long")]
+    means = [np.mean([len(t.split()) for r in WORLD[:100] for t in captions(r.scene, 5, style, 1)]) for style in language.STYLES]
     assert means[0] + 2 < means[1] < means[2] - 2
 
 
@@ -72,7 +72,8 @@ def test_scenes_round_trip_and_know_their_relations():
         assert facts(r.scene) == facts(r.scene.to_dict())
         placed = layout(r.scene, r.seed)
         for i, name, j in r.scene.relations:
-            (x1, y1), (x2, y2) = (np.mean([(p.left + p.side / 2, p.top + p.side / 2) for p in placed if p.group == k], 0) for k in (i, j))
+            middles = [[(p.left + p.side / 2, p.top + p.side / 2) for p in placed if p.group == k] for k in (i, j)]
+            (x1, y1), (x2, y2) = (np.mean(points, axis=0) for points in middles)
             holds = {"left of": x1 < x2, "right of": x1 > x2, "above": y1 < y2, "below": y1 > y2}
             assert holds.get(name, True), (name, r)
 
@@ -90,6 +91,19 @@ def test_everything_is_visible():
             full.append(np.count_nonzero(mask))
         seen = np.bincount(np.asarray(pixels).ravel(), minlength=len(full) + 1)[1:]
         assert (seen >= 0.6 * np.array(full)).all(), r
+
+
+def test_overlapping_shapes_share_pixels():
+    some = shapes(n_train=600, n_val=0, n_test=0, n_pairs=0, n_counts=0)
+    both = [r for r in some if any(name == "overlapping" for _, name, _ in r.scene.relations)]
+    for r in both:
+        cover = []
+        for p in layout(r.scene, r.seed)[:2]:
+            mask = Image.new("L", (64, 64))
+            mask.paste(stencil(r.scene.groups[p.group].shape, round(p.side)), (round(p.left), round(p.top)))
+            cover.append(np.asarray(mask) > 127)
+        assert np.sum(cover[0] & cover[1]) >= 6, r
+    assert len(both) > 50
 
 
 def test_labels_name_every_group():
@@ -110,7 +124,8 @@ def test_splits_hold_out_what_they_promise():
 def test_same_seed_same_world():
     small = shapes(n_train=5, n_val=3, n_test=0, n_pairs=2, n_counts=0, seed=3)
     assert small == WORLD[:5] + WORLD[400:403] + WORLD[460:462]
-    assert (small[2].picture() == WORLD[2].picture()).all() and (draw(small[2].scene, seed=1) != draw(small[2].scene, seed=2)).any()
+    assert (small[2].picture() == WORLD[2].picture()).all()
+    assert (draw(small[2].scene, seed=1) != draw(small[2].scene, seed=2)).any()
     assert record("train", 0, seed=4) != record("train", 0, seed=3)
     assert draw(small[0].scene, 224).shape == (224, 224, 3)
 
@@ -128,7 +143,8 @@ def test_json_comes_back(tmp_path):
 
 def test_the_reader_of_coco_reads_it(tmp_path):
     reader = pytest.importorskip("expnet.data.captions")
-    items = reader.karpathy(write_world(tmp_path, n_train=3, n_val=0, n_test=0, n_pairs=0, n_counts=0, seed=3), tmp_path / "images")
+    path = write_world(tmp_path, n_train=3, n_val=0, n_test=0, n_pairs=0, n_counts=0, seed=3)
+    items = reader.karpathy(path, tmp_path)
     assert [(i.captions, Scene.from_dict(i.scene)) for i in items] == [(r.captions, r.scene) for r in WORLD[:3]]
     assert all(scene_exact(text, i.scene) for i in items for text in i.captions)
 

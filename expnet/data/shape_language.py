@@ -111,23 +111,23 @@ FIRST = 0.85
 
 # %% ../../nbs/data/03_shape_language.ipynb #between
 def _between(true: Facts, i: int, j: int, rng) -> str:
-    "One relation of thing i to thing j that holds, in words."
+    "One relation of thing i to thing j that holds, in words; empty if none is known."
     names = [name for a, name, b in true.relations if (a, b) == (i, j)]
     names += [INVERSE[name] for a, name, b in true.relations if (a, b) == (j, i)]
-    return _word(names[0 if rng.random() < FIRST else -1], rng)
+    return _word(names[0 if rng.random() < FIRST else -1], rng) if names else ""
 
 
 def _body(true: Facts, order: list[int], phrases: list[str], related: bool, rng) -> str:
     "The noun phrases joined by relations or by commas and conjunctions."
     if len(order) == 1: return phrases[0]
-    if not related:
-        last = " and " if rng.random() < 0.75 else " with "
-        return ", ".join(phrases[:-1]) + last + phrases[-1]
-    text = f"{phrases[0]} {_between(true, order[0], order[1], rng)} {phrases[1]}"
-    if len(order) == 3:
-        again = rng.random() < 0.6
-        text += f" and {_between(true, order[0], order[2], rng)} {phrases[2]}" if again else f" with {phrases[2]}"
-    return text
+    relation = _between(true, order[0], order[1], rng) if related else ""
+    if not relation:
+        if rng.random() < 0.75: return ", ".join(phrases[:-1]) + " and " + phrases[-1]
+        return " and ".join(phrases[:-1]) + " with " + phrases[-1]
+    text = f"{phrases[0]} {relation} {phrases[1]}"
+    if len(order) == 2: return text
+    relation = _between(true, order[0], order[2], rng) if rng.random() < 0.6 else ""
+    return f"{text} and {relation} {phrases[2]}" if relation else f"{text} with {phrases[2]}"
 
 # %% ../../nbs/data/03_shape_language.ipynb #sentence
 def _sentence(true: Facts, style: Style, rng) -> str:
