@@ -57,7 +57,8 @@ class Scene:
 
     def __post_init__(self):
         if not 1 <= len(self.groups) <= 3: raise UserError(f"a scene has 1 to 3 groups, not {len(self.groups)}")
-        if self.background not in BACKGROUNDS: raise UserError(f"background {self.background!r}: not one of {', '.join(BACKGROUNDS)}")
+        if self.background not in BACKGROUNDS:
+            raise UserError(f"background {self.background!r}: expected one of {', '.join(BACKGROUNDS)}")
 
     def to_dict(self) -> dict:
         "The scene as JSON values."
