@@ -48,9 +48,10 @@ def need(record: dict, name: str, kind: type, where: str):
 
 
 def known_split(name: str, where: str) -> str:
-    """`name` as one of train, val and test; UserError, starting with `where`, for anything else."""
+    """`name` as train, val, test or a further test set test_NAME; UserError, starting with `where`, for anything else."""
     clean = name.strip().lower()
-    if clean not in SPLITS: raise UserError(f"{where}: field 'split': unknown split {name!r} (expected {', '.join(SPLITS)})")
+    if clean not in SPLITS and not clean.startswith("test_"):
+        raise UserError(f"{where}: field 'split': unknown split {name!r} (expected {', '.join(SPLITS)} or a further test set, test_NAME)")
     return clean
 
 # %% ../../nbs/data/04_captions.ipynb #of-split
