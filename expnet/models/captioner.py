@@ -6,6 +6,7 @@
 __all__ = ['Memory', 'Step', 'select', 'Captioner', 'unroll']
 
 # %% ../../nbs/models/08_captioner.ipynb #imports
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ def select(state: Any, rows: Tensor) -> Any:
     raise TypeError(f"a state holds tensors, tuples, lists, dicts and None, not {type(state).__name__}")
 
 # %% ../../nbs/models/08_captioner.ipynb #Captioner
-class Captioner(nn.Module):
+class Captioner(nn.Module, ABC):
     """A model that turns pictures into words. Subclasses define encode, start and step; `forward` falls back on the loop."""
     K = 1                                                     # words a step
 
@@ -52,17 +53,17 @@ class Captioner(nn.Module):
         if self.backbone is None: raise ValueError("pictures need a backbone and this captioner has none: give features [B, N, D]")
         return self.backbone(x)
 
+    @abstractmethod
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Memory:
         """Memory of pictures [B, 3, H, W] or of stored features [B, N, D] with mask [B, N] (None: all regions are real)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, memory: Memory) -> Any:
         """The state before the first word, one row a picture."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, memory: Memory, state: Any, previous: Tensor) -> Step:
         """Log-probabilities of the next K words after `previous` [R, K], R a multiple of the pictures in `memory`."""
-        raise NotImplementedError
 
     def forward(self, memory: Memory, tokens: Tensor) -> Tensor:
         """Teacher forcing: scores [R, T, V] of the word after each of tokens [R, T], up to a constant a row."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dropout import Dropout
 from .static_expansion import FusedLinear, normalise
 
 # %% ../../nbs/models/12_dynamic_expansion.ipynb #causal
@@ -26,7 +27,7 @@ class DynamicExpansion(nn.Module):
     """Mix words through vectors that the words themselves create (ExpansionNet v2, section III-B; one decoder block)."""
     def __init__(self, dim: int, expansion: int = 16, dropout: float = 0.0):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(expansion, dim)))
         self.bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(expansion, dim)))
         self.project = FusedLinear(dim, 5)

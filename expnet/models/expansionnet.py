@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .captioner import Captioner, Memory, Step
+from .dropout import Dropout
 from .dynamic_expansion import DynamicExpansion, causal
 from .static_expansion import StaticExpansion
 from ..tools import UserError
@@ -45,7 +46,7 @@ class ExpansionNetConfig:
         small = {"flickr8k": dict(dim=256, feed_forward=1024, encoder_layers=2, decoder_layers=2, static=(16, 32, 64), dynamic=8,
                                   max_len=42, dropout=0.2),
                  "tiny": dict(dim=128, heads=4, feed_forward=256, encoder_layers=2, decoder_layers=2, static=(8, 16, 32), dynamic=4,
-                              max_len=42, dropout=0.1)}
+                              max_len=42, dropout=0.0)}
         if name != "coco" and name not in small: raise UserError(f"preset {name!r}: choose coco, {', '.join(small)}")
         return cls(features=features, **small.get(name, {}))
 
@@ -76,7 +77,7 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Two linear layers with a ReLU and dropout between: dim -> hidden -> dim."""
     def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, dim))
 
 # %% ../../nbs/models/13_expansionnet.ipynb #EncoderLayer
 class EncoderLayer(nn.Module):
@@ -85,7 +86,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
         self.static = StaticExpansion(c.dim, c.static, c.dropout)
-        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), nn.Dropout(c.dropout)
+        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), Dropout(c.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Regions x [B, N, D], mask [B, N] -> [B, N, D]."""
@@ -99,7 +100,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
         self.dynamic, self.cross = DynamicExpansion(c.dim, c.dynamic, c.dropout), CrossAttention(c.dim, c.heads)
-        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), nn.Dropout(c.dropout)
+        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), Dropout(c.dropout)
 
     def forward(self, y: Tensor, keep: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """All words y [R, T, D] at once, with keep [R, T, T] -> [R, T, D]."""
@@ -120,7 +121,7 @@ class Fusion(nn.Module):
     """The last layer's output plus a linear mix of all layers' outputs, normalised."""
     def __init__(self, layers: int, dim: int, dropout: float):
         super().__init__()
-        self.reduce, self.norm, self.dropout = nn.Linear(layers * dim, dim), nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.reduce, self.norm, self.dropout = nn.Linear(layers * dim, dim), nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, outputs: list[Tensor]) -> Tensor:
         """outputs: one [B, T, D] a layer -> [B, T, D]."""
@@ -138,7 +139,7 @@ class ExpansionNet(Captioner):
         self.embed, self.position = nn.Embedding(len(vocab), c.dim), nn.Embedding(c.max_len, c.dim)
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
         self.decoder_fusion = Fusion(c.decoder_layers, c.dim, c.dropout)
-        self.head, self.dropout = nn.Linear(c.dim, len(vocab)), nn.Dropout(c.dropout)
+        self.head, self.dropout = nn.Linear(c.dim, len(vocab)), Dropout(c.dropout)
         for name, part in self.named_children():
             if name != "backbone": part.apply(init_weights)
 

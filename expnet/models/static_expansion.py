@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dropout import Dropout
+
 # %% ../../nbs/models/11_static_expansion.ipynb #normalise
 def normalise(scores: Tensor, eps: float = 1e-9) -> Tensor:
     """Non-negative `scores` [..., n] divided by their last-axis sums; rows of zeros stay zero. Half precision sums in float32."""
@@ -37,7 +39,7 @@ class StaticExpansion(nn.Module):
     """Mix regions through learned expansion vectors (ExpansionNet v2, section III-A; one block of the encoder)."""
     def __init__(self, dim: int, groups: Sequence[int] = (32, 64, 128, 256, 512), dropout: float = 0.0):
         super().__init__()
-        self.groups, self.dropout = tuple(groups), nn.Dropout(dropout)
+        self.groups, self.dropout = tuple(groups), Dropout(dropout)
         self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(sum(groups), dim)))
         self.bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(sum(groups), dim)))
         self.project = FusedLinear(dim, 4)
