@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from expnet.data.captions import Item
-from expnet.data.features import FeatureStore, blank_store, describe, put_rows, write_features
+from expnet.data.features import FeatureStore, blank_store, describe, row_writer, write_features
 from expnet.data.images import BadImage, Preprocess
 from expnet.tools import UserError
 
@@ -244,7 +245,44 @@ def test_only_one_writer(path, items):
         with pytest.raises(UserError, match="f.h5: another process is writing"): write_features(path, items, Patches())
         assert len(FeatureStore(path)) == 50  # reading is allowed
     finally: holder.kill(); holder.join()
-    with h5py.File(path), pytest.raises(UserError, match="is open in this process"): write_features(path, items, Patches())
+    with h5py.File(path), pytest.raises(UserError, match="is open for reading in this process"):
+        write_features(path, items, Patches())
+
+
+def test_a_backbone_that_changes_its_mind(tmp_path, items):
+    model = Patches()
+    forward, calls = model.forward, []
+    def fickle(images):
+        calls.append(1)
+        return forward(images)[:, :16 if len(calls) < 4 else 20].repeat(1, 1 if len(calls) < 4 else 2, 1)
+    model.forward = fickle
+    with pytest.raises(ValueError, match=r"features \(4, 32, 3\) for 4 rows of \(16, 3\)"):
+        write_features(tmp_path / "f.h5", items, model, batch_size=4)
+    store = FeatureStore(tmp_path / "f.h5.part")
+    assert len(store) == 8 and (store.read(store.ids)[0] == expected(items)[:8]).all()
+
+
+def told_when_full(path, items, limit) -> str:
+    """What a writer says whose files may not grow beyond `limit` bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try: write_features(path, items, Patches(), batch_size=4)
+    except UserError as error: return str(error)
+    return "nothing"
+
+
+def test_full_disk(tmp_path, items, whole):
+    path, about = tmp_path / "f.h5", describe(Patches(), "fp16", "cpu")
+    for name, place, kept in [("features", 10 * 96 + 40, 0), ("done", 22, 22)]:  # where the disk ends
+        blank_store(f"{path}.part", [item.id for item in items], about)
+        with h5py.File(f"{path}.part") as file: limit = file[name].id.get_offset() + place
+        assert path.with_name("f.h5.part").stat().st_size == len(whole)
+        with fork.Pool(1) as pool: words = pool.apply(told_when_full, (path, items, limit))
+        assert "f.h5.part: cannot be written (File too large)" in words and not path.exists()
+        assert len(FeatureStore(f"{path}.part")) == kept
+        assert write_features(path, items, Patches(), batch_size=4).kept == kept
+        assert np.allclose(FeatureStore(path).read([item.id for item in items])[0], expected(items), atol=5e-3)  # a batch of two
+        os.remove(path)
 
 
 def test_damaged_files(path, whole, tmp_path):
@@ -340,9 +378,10 @@ def test_rows_never_move_the_book_keeping(tmp_path):
     about = describe(Patches(), "fp16", "cpu")
     blank_store(str(tmp_path / "f.h5"), [f"{k}" for k in range(20)], about)
     before = (tmp_path / "f.h5").read_bytes()
-    with h5py.File(tmp_path / "f.h5", "r+") as file:
+    with h5py.File(tmp_path / "f.h5") as file:
         inside = {(d.id.get_offset(), d.nbytes) for d in (file["features"], file["done"])}
-        for k in range(0, 20, 5): put_rows(file, list(range(k, k + 5)), np.full((5, 16, 3), 7, np.float16))
+    with row_writer(tmp_path / "f.h5") as put:
+        for k in range(0, 20, 5): put(list(range(k, k + 5)), np.full((5, 16, 3), 7, np.float16))
     after = (tmp_path / "f.h5").read_bytes()
     assert len(after) == len(before)
     moved = [k for k in range(len(after)) if before[k] != after[k]]
