@@ -36,7 +36,7 @@ def show_images(images: Sequence, titles: Sequence[str] = (), columns: int = 4, 
     titles = ["\n".join(fill(line, wrap) for line in title.split("\n")) for title in titles]
     lines = max([title.count("\n") + 1 for title in titles], default=0)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + 0.17 * lines)), squeeze=False,
-                                layout="constrained")
+                                layout="constrained", dpi=60)  # pictures of few pixels need no more, and files stay small
     for axis in axes.flat: axis.axis("off")
     for axis, image in zip(axes.flat, images):
         axis.imshow(as_picture(image), cmap="gray", interpolation="nearest")

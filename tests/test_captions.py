@@ -125,7 +125,8 @@ def test_files_that_are_no_text_are_refused(tmp_path):
 
 def test_csv_and_json_lines_give_the_same_items(tmp_path):
     (tmp_path/"c.csv").write_bytes(b"\xef\xbb\xbfCaption, File ,split\r\nx,a/1.jpg,VAL\r\ny,./a/1.jpg,\r\nz,2.jpg,\r\n")
-    (tmp_path/"c.jsonl").write_text('\ufeff{"path": "a/1.jpg", "captions": ["x", "y"], "split": "val"}\n\n{"image": "2.jpg", "caption": "z"}')
+    lines = '\ufeff{"path": "a/1.jpg", "captions": ["x", "y"], "split": "val"}\n\n{"image": "2.jpg", "caption": "z"}'
+    (tmp_path/"c.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path/"c.tsv").write_text("image\tcaption\tsplit\na/1.jpg\tx\tval\na/1.jpg\ty\tval\n2.jpg\tz\ttrain\n")
     items = [captions_file(tmp_path/name, tmp_path, check=False) for name in ("c.csv", "c.jsonl", "c.tsv")]
     assert items[0] == items[1] == items[2]

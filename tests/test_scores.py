@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from expnet.score.bleu import bleu
+from expnet.data.captions import Item
 from expnet.score.cider import CiderD, DocumentFrequency
+from expnet.score.evaluate import Scores, evaluate
+from expnet.tools import UserError
 
 # pycocoevalcap 1.2 (BLEU, CIDEr-D) and ruotianluo/cider (plain CIDEr, training document frequencies) on 200 sets of captions
 GOLDEN = json.loads((Path(__file__).parent/"golden"/"golden200.json").read_text(encoding="utf-8"))
@@ -50,6 +53,32 @@ def test_memory_of_references_changes_nothing():
     for _ in range(2): assert_recorded("CIDErD_pycocoevalcap", *scorer.score(HYPS, REFS))
     assert len(scorer.kept) == 50
     assert_recorded("CIDErD_pycocoevalcap", *CiderD(REFS, memo=0).score(HYPS, REFS))
+
+
+def test_evaluate_puts_every_number_in_its_place():
+    items = [Item(str(item["id"]), "", "test", tuple(item["refs_ptb"])) for item in GOLDEN["items"]]
+    hyps = {str(item["id"]): item["hyp_ptb"] for item in reversed(GOLDEN["items"])}
+    scores = evaluate(hyps, items, tokenizer=str.split)
+    names = {"CIDEr-D": "CIDErD_pycocoevalcap"} | {f"BLEU-{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)}
+    assert list(scores.totals) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr-D"] and scores.notes == ()
+    for ours, theirs in names.items():
+        assert_recorded(theirs, scores.totals[ours], np.array([scores.per_image[item.id][ours] for item in items]))
+
+
+def test_scores_survive_the_file(tmp_path):
+    items = [Item("café", "", "test", ("un chien noir court",)), Item("b", "", "test", ("a boat",))]
+    scores = evaluate({"café": "un chien court", "b": ""}, items)
+    scores.save(tmp_path/"scores.json")
+    assert Scores.load(tmp_path/"scores.json") == scores and scores.notes == ("1 of 2 captions are empty",)
+    assert "CIDEr-D" in str(scores) and "2 images" in str(scores)
+
+
+@pytest.mark.parametrize("hyps, says", [
+    ({"a": "x"}, r"without a caption \(1\): 'b'"), ({"a": "x", "b": "y", 7: "z"}, r"unknown images \(1\): 7"),
+    ({"a": "x", "b": None}, r"not text \(1\): 'b'"), ({}, r"\(2\): 'a', 'b'")])
+def test_evaluate_names_what_is_wrong(hyps, says):
+    with pytest.raises(UserError, match=says):
+        evaluate(hyps, [Item("a", "", "test", ("a dog",)), Item("b", "", "test", ("a boat",))])
 
 
 # --- with the Flickr8k data set, where it is there

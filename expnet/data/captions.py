@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SILENT', 'MARKS', 'SPECIALS', 'PICTURE_COLUMNS', 'ENDINGS', 'Item', 'need', 'known_split', 'of_split',
-           'set_apart', 'tokenize', 'count_words', 'Vocab', 'Coverage', 'coverage', 'with_words', 'find_image', 'claim',
-           'karpathy', 'file_text', 'json_rows', 'csv_rows', 'resplit', 'read_row', 'captions_file', 'folder',
-           'save_items', 'load_items']
+           'set_apart', 'tokenize', 'count_words', 'frequent_words', 'index_words', 'read_words', 'Vocab', 'Coverage',
+           'coverage', 'with_words', 'find_image', 'claim', 'karpathy', 'file_text', 'json_rows', 'csv_rows', 'resplit',
+           'read_row', 'captions_file', 'folder', 'save_items', 'load_items']
 
 # %% ../../nbs/data/04_captions.ipynb #imports
 import csv
@@ -46,11 +46,12 @@ def need(record: dict, name: str, kind: type, where: str):
         raise UserError(f"{where}: field {name!r} must be {getattr(kind, '__name__', kind)}, not {type(record[name]).__name__}")
     return record[name]
 
-# %% ../../nbs/data/04_captions.ipynb #known-split
+
 def known_split(name: str, where: str) -> str:
-    """`name` as one of train, val and test; UserError, starting with `where`, for anything else."""
+    """`name` as train, val, test or a further test set test_NAME; UserError, starting with `where`, for anything else."""
     clean = name.strip().lower()
-    if clean not in SPLITS: raise UserError(f"{where}: field 'split': unknown split {name!r} (expected {', '.join(SPLITS)})")
+    if clean not in SPLITS and not clean.startswith("test_"):
+        raise UserError(f"{where}: field 'split': unknown split {name!r} (expected {', '.join(SPLITS)} or a further test set, test_NAME)")
     return clean
 
 # %% ../../nbs/data/04_captions.ipynb #of-split
@@ -86,6 +87,33 @@ def count_words(items: Iterable[Item]) -> Counter:
     """How often each token occurs in the captions of the training split."""
     return Counter(token for item in items if item.split == "train" for text in item.captions for token in tokenize(text))
 
+
+def frequent_words(items: Iterable[Item], min_count: int) -> list[str]:
+    """The words seen `min_count` times or more in the training captions, and the specials, sorted by code point."""
+    counts = count_words(items)
+    if not counts: raise UserError("vocabulary: the training split has no captions")
+    words = {word for word, count in counts.items() if count >= min_count}
+    if not words: raise UserError(f"vocabulary: no word occurs {min_count} times, the commonest {max(counts.values())} times")
+    return sorted(words | set(SPECIALS))
+
+# %% ../../nbs/data/04_captions.ipynb #index-words
+def index_words(words: Sequence[str]) -> dict[str, int]:
+    """word -> position; UserError if something is no word, or a word stands there twice, or a special one is missing."""
+    index = {need({"word": word}, "word", str, "vocabulary"): i for i, word in enumerate(words)}
+    twice = [word for i, word in enumerate(words) if index[word] != i]
+    if twice: raise UserError(f"vocabulary: duplicate word {twice[0]!r}")
+    missing = [name for name in SPECIALS if name not in index]
+    if missing: raise UserError(f"vocabulary: special word {missing[0]!r} is missing")
+    return index
+
+
+def read_words(path: str | Path) -> list[str]:
+    """The list of words in the JSON file `path`; UserError, naming the file, for what `index_words` refuses."""
+    words = need(read_json(path), "words", list, str(path))
+    try: index_words(words)
+    except UserError as error: raise UserError(f"{path}: {error}") from error
+    return words
+
 # %% ../../nbs/data/04_captions.ipynb #Vocab
 @dataclass(repr=False)
 class Vocab:
@@ -93,28 +121,20 @@ class Vocab:
     words: list[str]
 
     def __post_init__(self):
-        self.index = {word: i for i, word in enumerate(self.words)}
-        twice = [word for i, word in enumerate(self.words) if self.index[word] != i]
-        if twice: raise UserError(f"vocabulary: duplicate word {twice[0]!r}")
-        missing = [name for name in SPECIALS if name not in self.index]
-        if missing: raise UserError(f"vocabulary: special word {missing[0]!r} is missing")
+        self.index = index_words(self.words)
         self.pad, self.sos, self.eos, self.unk = (self.index[name] for name in SPECIALS)
 
     @classmethod
     def build(cls, items: Iterable[Item], min_count: int = 5) -> "Vocab":
-        """The words that occur `min_count` times or more in the training captions, and the specials, by code point."""
-        if not (counts := count_words(items)): raise UserError("vocabulary: the training split has no captions")
-        words = {word for word, count in counts.items() if count >= min_count}
-        if not words: raise UserError(f"vocabulary: no word occurs {min_count} times, the commonest {max(counts.values())} times")
-        return cls(sorted(words | set(SPECIALS)))
-
-    def __len__(self) -> int: return len(self.words)
+        """The vocabulary of the words that occur `min_count` times or more in the training captions."""
+        return cls(frequent_words(items, min_count))
 
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that change with any word or its position (start of a SHA-256)."""
         return hashlib.sha256(json.dumps(self.words).encode()).hexdigest()[:12]
 
+    def __len__(self) -> int: return len(self.words)
     def __repr__(self) -> str: return f"Vocab({len(self)} words, {self.fingerprint})"
 
     def ids(self, tokens: Iterable[str]) -> list[int]:
@@ -139,9 +159,7 @@ class Vocab:
     @classmethod
     def load(cls, path: str | Path) -> "Vocab":
         """The vocabulary stored in `path`; UserError names the file and what is wrong with it."""
-        words = need(read_json(path), "words", list, str(path))
-        try: return cls([need({"word": word}, "word", str, "vocabulary") for word in words])
-        except UserError as error: raise UserError(f"{path}: {error}") from error
+        return cls(read_words(path))
 
 # %% ../../nbs/data/04_captions.ipynb #Coverage
 @dataclass(frozen=True)
@@ -189,7 +207,7 @@ def find_image(images: str | Path, names: Sequence[str], where: str, check: bool
     if check and path is None: raise UserError(f"{where}: image {paths[0]} does not exist (check=False does without)")
     return path or paths[0]
 
-# %% ../../nbs/data/04_captions.ipynb #claim
+
 def claim(seen: dict[str, str], id: str, where: str) -> str:
     """`id`, noted in `seen` as used at `where`; UserError if it was used before."""
     if id in seen: raise UserError(f"{where}: field 'id': duplicate id {id!r}, first used at {seen[id]}")
