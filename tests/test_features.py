@@ -176,7 +176,7 @@ def test_bad_pictures(tmp_path, items):
     mixed = [items[0], bad[0], items[1], bad[1]]
     for workers in (0, 1):
         path = tmp_path / f"{workers}.h5"
-        report = write_features(path, mixed, Patches(), batch_size=2, workers=workers)
+        report = write_features(path, mixed, Patches(), batch_size=4, workers=workers)  # one bad between two good
         assert report.written == 2 and [p for p, _ in report.bad] == [b.path for b in bad] and "no such file" in str(report)
         store = FeatureStore(path)
         assert "broken" not in store and len(store) == 2
@@ -335,9 +335,9 @@ def test_lengths(tmp_path, compressed):
 
 
 def read_randomly(store: FeatureStore, want: np.ndarray, ids: list[str], seed: int) -> int:
-    """Number of wrong batches out of 40."""
+    """Number of wrong batches out of 500."""
     rng, wrong = np.random.default_rng(seed), 0
-    for _ in range(40):
+    for _ in range(500):
         rows = rng.integers(0, len(ids), 16)
         wrong += not (store.read([ids[row] for row in rows])[0] == want[rows]).all()
     return wrong
@@ -351,6 +351,21 @@ def test_many_readers(path, items):
         jobs += [threads.submit(read_randomly, store, want, ids, seed) for seed in range(8)]
         results = [job.get(60) if hasattr(job, "get") else job.result(60) for job in jobs]
     assert results == [0] * 14
+
+
+def test_many_threads_at_once(path, items):
+    """A read that is interrupted between finding its place and reading must not read elsewhere."""
+    store, want, ids = FeatureStore(path), expected(items), [item.id for item in items]
+
+    class Dawdling:  # gives way where it hurts most
+        def __init__(self, raw): self.raw = raw
+        def seek(self, start): self.raw.seek(start); time.sleep(1e-4); return start
+        def readinto(self, out): return self.raw.readinto(out)
+    store._raw = Dawdling(store._raw)
+    with ThreadPoolExecutor(4) as threads:
+        rows = np.random.default_rng(0).integers(0, len(ids), (24, 5))
+        got = threads.map(lambda block: store.read([ids[row] for row in block])[0], rows)
+        assert all((x == want[block]).all() for x, block in zip(got, rows))
 
 
 def inherit(store, want, ids, seed): os._exit(read_randomly(store, want, ids, seed))
