@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from expnet.data.captions import Item
-from expnet.data.features import FeatureStore, blank_store, describe, put_rows, write_features
+from expnet.data.features import FeatureStore, blank_store, describe, row_writer, write_features
 from expnet.data.images import BadImage, Preprocess
 from expnet.tools import UserError
 
@@ -175,7 +176,7 @@ def test_bad_pictures(tmp_path, items):
     mixed = [items[0], bad[0], items[1], bad[1]]
     for workers in (0, 1):
         path = tmp_path / f"{workers}.h5"
-        report = write_features(path, mixed, Patches(), batch_size=2, workers=workers)
+        report = write_features(path, mixed, Patches(), batch_size=4, workers=workers)  # one bad between two good
         assert report.written == 2 and [p for p, _ in report.bad] == [b.path for b in bad] and "no such file" in str(report)
         store = FeatureStore(path)
         assert "broken" not in store and len(store) == 2
@@ -244,7 +245,44 @@ def test_only_one_writer(path, items):
         with pytest.raises(UserError, match="f.h5: another process is writing"): write_features(path, items, Patches())
         assert len(FeatureStore(path)) == 50  # reading is allowed
     finally: holder.kill(); holder.join()
-    with h5py.File(path), pytest.raises(UserError, match="is open in this process"): write_features(path, items, Patches())
+    with h5py.File(path), pytest.raises(UserError, match="is open for reading in this process"):
+        write_features(path, items, Patches())
+
+
+def test_a_backbone_that_changes_its_mind(tmp_path, items):
+    model = Patches()
+    forward, calls = model.forward, []
+    def fickle(images):
+        calls.append(1)
+        return forward(images)[:, :16 if len(calls) < 4 else 20].repeat(1, 1 if len(calls) < 4 else 2, 1)
+    model.forward = fickle
+    with pytest.raises(ValueError, match=r"features \(4, 32, 3\) for 4 rows of \(16, 3\)"):
+        write_features(tmp_path / "f.h5", items, model, batch_size=4)
+    store = FeatureStore(tmp_path / "f.h5.part")
+    assert len(store) == 8 and (store.read(store.ids)[0] == expected(items)[:8]).all()
+
+
+def told_when_full(path, items, limit) -> str:
+    """What a writer says whose files may not grow beyond `limit` bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try: write_features(path, items, Patches(), batch_size=4)
+    except UserError as error: return str(error)
+    return "nothing"
+
+
+def test_full_disk(tmp_path, items, whole):
+    path, about = tmp_path / "f.h5", describe(Patches(), "fp16", "cpu")
+    for name, place, kept in [("features", 10 * 96 + 40, 0), ("done", 22, 22)]:  # where the disk ends
+        blank_store(f"{path}.part", [item.id for item in items], about)
+        with h5py.File(f"{path}.part") as file: limit = file[name].id.get_offset() + place
+        assert path.with_name("f.h5.part").stat().st_size == len(whole)
+        with fork.Pool(1) as pool: words = pool.apply(told_when_full, (path, items, limit))
+        assert "f.h5.part: cannot be written (File too large)" in words and not path.exists()
+        assert len(FeatureStore(f"{path}.part")) == kept
+        assert write_features(path, items, Patches(), batch_size=4).kept == kept
+        assert np.allclose(FeatureStore(path).read([item.id for item in items])[0], expected(items), atol=5e-3)  # a batch of two
+        os.remove(path)
 
 
 def test_damaged_files(path, whole, tmp_path):
@@ -297,9 +335,9 @@ def test_lengths(tmp_path, compressed):
 
 
 def read_randomly(store: FeatureStore, want: np.ndarray, ids: list[str], seed: int) -> int:
-    """Number of wrong batches out of 40."""
+    """Number of wrong batches out of 500."""
     rng, wrong = np.random.default_rng(seed), 0
-    for _ in range(40):
+    for _ in range(500):
         rows = rng.integers(0, len(ids), 16)
         wrong += not (store.read([ids[row] for row in rows])[0] == want[rows]).all()
     return wrong
@@ -313,6 +351,21 @@ def test_many_readers(path, items):
         jobs += [threads.submit(read_randomly, store, want, ids, seed) for seed in range(8)]
         results = [job.get(60) if hasattr(job, "get") else job.result(60) for job in jobs]
     assert results == [0] * 14
+
+
+def test_many_threads_at_once(path, items):
+    """A read that is interrupted between finding its place and reading must not read elsewhere."""
+    store, want, ids = FeatureStore(path), expected(items), [item.id for item in items]
+
+    class Dawdling:  # gives way where it hurts most
+        def __init__(self, raw): self.raw = raw
+        def seek(self, start): self.raw.seek(start); time.sleep(1e-4); return start
+        def readinto(self, out): return self.raw.readinto(out)
+    store._raw = Dawdling(store._raw)
+    with ThreadPoolExecutor(4) as threads:
+        rows = np.random.default_rng(0).integers(0, len(ids), (24, 5))
+        got = threads.map(lambda block: store.read([ids[row] for row in block])[0], rows)
+        assert all((x == want[block]).all() for x, block in zip(got, rows))
 
 
 def inherit(store, want, ids, seed): os._exit(read_randomly(store, want, ids, seed))
@@ -340,9 +393,10 @@ def test_rows_never_move_the_book_keeping(tmp_path):
     about = describe(Patches(), "fp16", "cpu")
     blank_store(str(tmp_path / "f.h5"), [f"{k}" for k in range(20)], about)
     before = (tmp_path / "f.h5").read_bytes()
-    with h5py.File(tmp_path / "f.h5", "r+") as file:
+    with h5py.File(tmp_path / "f.h5") as file:
         inside = {(d.id.get_offset(), d.nbytes) for d in (file["features"], file["done"])}
-        for k in range(0, 20, 5): put_rows(file, list(range(k, k + 5)), np.full((5, 16, 3), 7, np.float16))
+    with row_writer(tmp_path / "f.h5") as put:
+        for k in range(0, 20, 5): put(list(range(k, k + 5)), np.full((5, 16, 3), 7, np.float16))
     after = (tmp_path / "f.h5").read_bytes()
     assert len(after) == len(before)
     moved = [k for k in range(len(after)) if before[k] != after[k]]
