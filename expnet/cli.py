@@ -35,7 +35,7 @@ from .train.recipes import evaluate_split, extract, open_data, prepare as prepar
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   help="Image captioning you can read. The usual order: **prepare** captions, extract **features**, **train**, **evaluate**, "
                        "**caption**. Or begin with **quickstart**, which does all of it on a drawn world in a few minutes.")
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     """The `expnet` command: run it, and report a UserError as one line with exit code 2."""
