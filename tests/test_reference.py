@@ -33,7 +33,7 @@ def drawn(name: str, shape: list[int]) -> torch.Tensor:
 # our name -> the published names whose tensors, stacked along the first axis, it holds
 WHOLE = {"input": ["input_linear"], "head": ["vocab_linear"], "encoder_fusion.reduce": ["enc_reduce_group"],
          "encoder_fusion.norm": ["enc_reduce_norm"], "decoder_fusion.reduce": ["dec_reduce_group"], "decoder_fusion.norm": ["dec_reduce_norm"],
-         "embed": ["out_embedder.embed"], "position": ["pos_encoder"]}
+         "words.embed": ["out_embedder.embed"], "words.position": ["pos_encoder"]}
 LAYER = {"feed_forward.0": ["ff.linear_1"], "feed_forward.3": ["ff.linear_2"], "norm1": ["norm_1"], "norm2": ["norm_2"], "norm3": ["norm_3"],
          "cross.query": ["mha.Wq"], "cross.key": ["mha.Wk"], "cross.value": ["mha.Wv"], "cross.out": ["mha.out_linear"],
          "static.query": ["stc_exp.query_exp_vectors.weight"], "static.bias": ["stc_exp.bias_exp_vectors.weight"],

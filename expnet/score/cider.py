@@ -44,13 +44,11 @@ def weigh(tokens: Sequence[Hashable], df: DocumentFrequency) -> Weighed:
 # %% ../../nbs/score/26_cider.ipynb #CiderD
 class CiderD:
     """CIDEr-D (or, with `plain`, CIDEr: no clipping, no length penalty) of tokenised captions; Vedantam et al. 2015."""
-
     def __init__(self, df_refs: DocumentFrequency | Sequence | None = None, n: int = 4, sigma: float = 6.0,
                  plain: bool = False, memo: int = 20_000):
         """Weigh by the references `df_refs` (token lists per image, or a DocumentFrequency); None: by those being scored.
 
-        With `df_refs`, the weighed references of up to `memo` images are kept between calls (25 KB each with five captions).
-        """
+        With `df_refs`, the weighed references of up to `memo` images are kept between calls (25 KB each with five captions)."""
         if df_refs is not None and not isinstance(df_refs, DocumentFrequency): df_refs = DocumentFrequency(df_refs, n)
         self.df, self.n, self.sigma, self.plain, self.memo = df_refs, n, sigma, plain, memo
         self.kept: dict[tuple, list[Weighed]] = {}
@@ -59,8 +57,7 @@ class CiderD:
         """(mean, score of each caption [captions], 0..10) of `hyps` against `refs`, a list of token lists for each.
 
         Equals pycocoevalcap 1.2 (whose "CIDEr" is CIDEr-D). An empty caption scores 0. If the weights come from a
-        single image, every n-gram is worth ln 1 = 0, and so is every score. No references: UserError.
-        """
+        single image, every n-gram is worth ln 1 = 0, and so is every score. No references: UserError."""
         check_sets(hyps, refs)
         df = self.df or DocumentFrequency(refs, self.n)
         each = np.empty(len(hyps))
