@@ -72,7 +72,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe("tiny", Phase(epochs=3, batch_size=32, captions=5, lr=2e-3, warmup=50, validate=200)),
-    "flickr8k": Recipe("flickr8k", Phase(epochs=8, batch_size=16, captions=5, lr=5e-4, warmup=200, validate=500, precision="bf16")),
+    "flickr8k": Recipe("flickr8k", Phase(epochs=12, batch_size=16, captions=5, lr=7e-4, warmup=300, validate=500, precision="bf16")),
 }
 
 def recipe(name: str) -> Recipe:
