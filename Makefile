@@ -7,7 +7,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup quickstart test sync notebooks lab run export clean
+.PHONY: help setup quickstart test notebooks lab run export clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,11 +24,8 @@ setup: .venv/ready  ## create .venv and install the package with its development
 quickstart: setup  ## draw a world, learn to caption it, show scores and a picture (minutes, no GPU)
 	$(BIN)/expnet quickstart --out runs/quickstart
 
-test: setup sync notebooks  ## what CI runs: clean, in sync, every notebook, pytest
+test: setup notebooks  ## what CI runs: every notebook, then pytest (which also checks that notebooks are clean and exported)
 	$(BIN)/python -m pytest
-
-sync: setup  ## fail if a notebook is not clean or the package differs from the notebooks
-	$(BIN)/python tests/check_sync.py
 
 notebooks: setup  ## execute every notebook
 	$(BIN)/nbdev-test --n-workers $(WORKERS)
