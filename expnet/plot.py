@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 # %% ../nbs/01_plot.ipynb #as-array
 def as_array(values) -> np.ndarray:
     """`values` (array, nested lists, PIL image or torch tensor, also one with a gradient) as a numpy array."""
-    return np.asarray(values.detach().float().cpu() if hasattr(values, "detach") else values)
+    if not hasattr(values, "detach"): return np.asarray(values)
+    return np.asarray((values.float() if values.is_floating_point() else values).detach().cpu())
 
 # %% ../nbs/01_plot.ipynb #as-picture
 def as_picture(image) -> np.ndarray:
@@ -54,10 +55,12 @@ def show_matrix(matrix, rows: Sequence[str] = (), columns: Sequence[str] = (), t
         _, ax = plt.subplots(figsize=(max(2.2, matrix.shape[1] * size + 1), max(1.4, matrix.shape[0] * size + 0.8)),
                              layout="constrained")
     top = float(np.abs(matrix).max()) or 1.0
-    ax.imshow(matrix, cmap="RdBu_r" if matrix.min() < 0 else "Blues", vmin=-top if matrix.min() < 0 else 0, vmax=top, aspect="auto")
+    colours, lowest = ("RdBu_r", -top) if matrix.min() < 0 else ("Blues", 0)
+    ax.imshow(matrix, cmap=colours, vmin=lowest, vmax=top, aspect="auto")
     if digits is not None:
         for (r, c), value in np.ndenumerate(matrix):
-            ax.text(c, r, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * top else "black")
+            ink = "white" if abs(value) > 0.6 * top else "black"
+            ax.text(c, r, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=ink)
     ax.set_xticks(range(len(columns)), columns, rotation=45 if max(map(len, columns), default=0) > 3 else 0, fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set_xlabel(xlabel, fontsize=9)

@@ -38,6 +38,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try: device = torch.device(name)
     except RuntimeError as error: raise UserError(f"device {name!r}: not a device name (try cpu, cuda or auto)") from error
     if device.type == "cuda" and not torch.cuda.is_available(): raise UserError(f"device {name!r}: no CUDA GPU is visible")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA GPUs")
     if device.type == "mps" and not mps: raise UserError(f"device {name!r}: no Apple GPU is visible")
     return device
 
@@ -55,6 +57,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
+        with open(aside, "rb+") as file: os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -34,9 +34,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_own_captions_to_captions_of_files(folder):
-    said = expnet("prepare", "data", "--captions", "captions.csv", "--images", "photos", "--val", "0.2", "--test", "0.2", "--min-count", "2", cwd=folder).stdout
+    said = expnet("prepare", "data", "captions.csv", "--images", "photos", "--val", "0.2", "--test", "0.2", "--min-count", "2", cwd=folder).stdout
     assert "train: 18 pictures, 90 captions" in said and "test: 6 pictures" in said
-    said = expnet("features", "data", "--device", "cpu", cwd=folder).stdout
+    said = expnet("features", "data", "--backbone", "shapes", "--device", "cpu", cwd=folder).stdout
     assert "29 written" in said and "1 bad" in said
     expnet("train", "data", "--out", "model", "--recipe", "tiny", "--epochs", "1", "--batch-size", "6", "--device", "cpu", cwd=folder)
     said = expnet("evaluate", "model", "data", "--device", "cpu", "--out", "scores", cwd=folder).stdout
@@ -53,8 +53,8 @@ def test_own_captions_to_captions_of_files(folder):
 @pytest.mark.parametrize("words, expected", [
     (["caption", "no-model", "photos"], "no-model: no such model folder"),
     (["train", "no-data", "--out", "m"], "no-data: no such data folder"),
-    (["prepare", "new", "--captions", "missing.csv"], "missing.csv"),
-    (["features", "nothing-here"], "nothing-here"),
+    (["prepare", "new", "missing.csv"], "missing.csv"),
+    (["features", "nothing-here", "--backbone", "shapes"], "nothing-here"),
 ])
 def test_a_mistake_is_one_line_that_names_it(folder, words, expected):
     done = expnet(*words, cwd=folder, ok=False)

@@ -19,6 +19,9 @@ from dataclasses import replace
 from expnet.train.recipes import RECIPES, train
 from expnet.tools import seed_all
 seed_all(0)
+from expnet.models.expansionnet import ExpansionNetConfig
+preset = ExpansionNetConfig.preset
+ExpansionNetConfig.preset = lambda *words, **more: replace(preset(*words, **more), dropout=0.2)     # so that random numbers matter
 how = RECIPES["tiny"]
 train("data", sys.argv[1], replace(how, phase=replace(how.phase, epochs=3, batch_size=4, warmup=5, validate=4, save_every=2, log_every=3)))
 """

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..data.images import BadImage, as_rgb
+from ..data.batches import Store
+from ..data.images import BadImage, Preprocess, as_rgb
 from .search import Beam, Greedy, Hyps, Rule, decode, words_only
 from ..models.captioner import Captioner
 from ..tools import UserError
@@ -21,7 +22,7 @@ from ..tools import UserError
 # %% ../../nbs/decode/21_caption.ipynb #Captioned
 @dataclass(frozen=True)
 class Captioned:
-    """A picture's name, its captions (best first) and their scores (mean log-probability a token); or the reason why there is none."""
+    """A picture's name, its captions (best first), their scores (mean log-probability a token); or why there are none."""
     name: str
     captions: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
@@ -35,7 +36,8 @@ def batched(values: Sequence, size: int) -> Iterator[Sequence]:
 # %% ../../nbs/decode/21_caption.ipynb #collect
 def collect(names: Sequence[str], hyps: Hyps, vocab) -> list[Captioned]:
     """One `Captioned` a picture from the sentences that a search returned."""
-    return [Captioned(name, tuple(texts), tuple(scores)) for name, texts, scores in zip(names, hyps.texts(vocab), hyps.score.tolist())]
+    rows = zip(names, hyps.texts(vocab), hyps.score.tolist())
+    return [Captioned(name, tuple(texts), tuple(scores)) for name, texts, scores in rows]
 
 # %% ../../nbs/decode/21_caption.ipynb #caption
 @torch.no_grad()
@@ -45,30 +47,33 @@ def caption(model: Captioner, images: Sequence[str | Path | Image.Image], how: G
 
     rules: None forbids PAD, SOS and UNK. on_bad: "raise" the first BadImage, or "skip" and report it in `.error`."""
     if model.backbone is None: raise UserError("this model has no backbone: it can caption stored features, but not pictures")
+    if model.training: raise UserError("this model is in training mode, where dropout draws at random: call model.eval() first")
     if on_bad not in ("raise", "skip"): raise UserError(f"on_bad {on_bad!r}: raise or skip")
     rules, device, results = [words_only(model.vocab)] if rules is None else rules, next(model.parameters()).device, []
     for number, part in enumerate(batched(images, batch_size)):
         names = [str(x) if isinstance(x, (str, Path)) else f"image {number * batch_size + i}" for i, x in enumerate(part)]
-        tensors = [prepare(model.backbone.prepare, x, on_bad) for x in part]
+        tensors = [prepare(model.backbone.prepare, x, name, on_bad) for x, name in zip(part, names)]
         good = [x for x in tensors if isinstance(x, torch.Tensor)]
         hyps = decode(model, model.encode(torch.stack(good).to(device)), how, max_len, rules) if good else None
-        said = iter(collect([n for n, x in zip(names, tensors) if isinstance(x, torch.Tensor)], hyps, model.vocab) if good else ())
+        seen = [name for name, x in zip(names, tensors) if isinstance(x, torch.Tensor)]
+        said = iter(collect(seen, hyps, model.vocab) if good else ())
         results += [next(said) if isinstance(x, torch.Tensor) else Captioned(n, error=x) for n, x in zip(names, tensors)]
     return results
 
 # %% ../../nbs/decode/21_caption.ipynb #prepare
-def prepare(how, image: str | Path | Image.Image, on_bad: str) -> torch.Tensor | str:
+def prepare(how: Preprocess, image: str | Path | Image.Image, name: str, on_bad: str) -> torch.Tensor | str:
     """The prepared tensor [3, size, size] of a path or PIL image; with on_bad "skip", the reason if there is none."""
-    if isinstance(image, Image.Image): return how(as_rgb(image))
-    try: return how.read(image)
-    except BadImage as error:
-        if on_bad == "raise": raise
-        return error.reason
+    try: return how(as_rgb(image)) if isinstance(image, Image.Image) else how.read(image)
+    except BadImage as error: problem = error
+    except (OSError, ValueError) as error: problem = BadImage(name, str(error))    # a PIL image whose file breaks off
+    if on_bad == "raise": raise problem
+    return problem.reason
 
 # %% ../../nbs/decode/21_caption.ipynb #caption-stored
 @torch.no_grad()
-def caption_stored(model: Captioner, store, ids: Sequence[str], how: Greedy | Beam = Beam(3), batch_size: int = 48, max_len: int | None = None,
-                   rules: Sequence[Rule] | None = None, watch: Callable[[int, int], None] | None = None) -> list[Captioned]:
+def caption_stored(model: Captioner, store: Store, ids: Sequence[str], how: Greedy | Beam = Beam(3), batch_size: int = 48,
+                   max_len: int | None = None, rules: Sequence[Rule] | None = None,
+                   watch: Callable[[int, int], None] | None = None) -> list[Captioned]:
     """Captions of the pictures `ids`, whose regions are in `store`; watch(done, total) is called after each batch."""
     rules, device, results = [words_only(model.vocab)] if rules is None else rules, next(model.parameters()).device, []
     for part in batched(ids, batch_size):

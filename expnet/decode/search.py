@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.captioner import Captioner, Memory, select
+from ..tools import UserError
 
 # %% ../../nbs/decode/20_search.ipynb #Greedy
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Beam:
     n_best: int = 1
 
     def __post_init__(self):
-        if not 1 <= self.n_best <= self.size: raise ValueError(f"n_best {self.n_best} must be between 1 and the beam size {self.size}")
+        if not 1 <= self.n_best <= self.size:
+            raise UserError(f"n_best {self.n_best}: must be between 1 and the beam size {self.size}")
 
     def pick(self, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of totals [B, W, V] -> (their summed log-probabilities, flat places), both [B, size] (or fewer, if V < size)."""
+        """The best of totals [B, W, V] -> (their summed log-probabilities, flat places), both [B, size or V, if that is less]."""
         flat = totals.flatten(1)
         return flat.topk(min(self.size, flat.shape[1]), -1)
 
@@ -77,7 +79,8 @@ def decode(model: Captioner, memory: Memory, how: Greedy | Beam = Beam(3), max_l
     while logp.shape[-1] < limit - 1 and not done.all():
         slots, state, _ = model.step(memory, state, tokens[..., -model.K:].flatten(0, 1))
         for k in range(min(model.K, limit - 1 - logp.shape[-1])):
-            scores = allowed(slots[:, k], tokens[..., model.K:].flatten(0, 1), done.flatten(), vocab.pad, rules).view(batch, done.shape[1], -1)
+            scores = allowed(slots[:, k], tokens[..., model.K:].flatten(0, 1), done.flatten(), vocab.pad, rules)
+            scores = scores.view(batch, done.shape[1], -1)
             total, place = how.pick(total[..., None] + scores)
             parent, word = place // len(vocab), place % len(vocab)
             rows = (torch.arange(batch, device=device)[:, None] * done.shape[1] + parent).flatten()
@@ -89,10 +92,10 @@ def decode(model: Captioner, memory: Memory, how: Greedy | Beam = Beam(3), max_l
 
 # %% ../../nbs/decode/20_search.ipynb #allowed
 def allowed(logp: Tensor, prefix: Tensor, done: Tensor, pad: int, rules: Sequence[Rule]) -> Tensor:
-    """logp [R, V] after the rules; finished rows allow only PAD, at no cost. ValueError names the place of a NaN."""
+    """logp [R, V] after the rules; finished rows allow only PAD, at no cost. FloatingPointError names the place of a NaN."""
     if logp.isnan().any():
         row = int(logp.isnan().any(-1).nonzero()[0])
-        raise ValueError(f"the model's log-probabilities are NaN at token {prefix.shape[1] + 1} of row {row}")
+        raise FloatingPointError(f"the model's log-probabilities are NaN at token {prefix.shape[1] + 1} of row {row}")
     for rule in rules: logp = rule(prefix, logp)
     finished = torch.full_like(logp[:1], -torch.inf)
     finished[:, pad] = 0

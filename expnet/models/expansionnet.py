@@ -9,7 +9,6 @@ __all__ = ['ExpansionNetConfig', 'CrossAttention', 'FeedForward', 'EncoderLayer'
 # %% ../../nbs/models/13_expansionnet.ipynb #imports
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +37,9 @@ class ExpansionNetConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "static", tuple(self.static))
+        sizes = {name: value for name, value in vars(self).items() if name not in ("static", "dropout")}
+        bad = [f"{name} {value!r}" for name, value in {**sizes, "static": min(self.static, default=0)}.items() if not value >= 1]
+        if bad: raise UserError(f"{bad[0]}: must be 1 or more")
         if self.dim % self.heads: raise UserError(f"dim {self.dim} is not divisible by heads {self.heads}")
 
     @classmethod
@@ -45,8 +47,8 @@ class ExpansionNetConfig:
         """The sizes called `name` (coco, flickr8k, tiny) for regions of `features` numbers; UserError for another name."""
         small = {"flickr8k": dict(dim=256, feed_forward=1024, encoder_layers=2, decoder_layers=2, static=(16, 32, 64), dynamic=8,
                                   max_len=42, dropout=0.2),
-                 "tiny": dict(dim=128, heads=4, feed_forward=256, encoder_layers=2, decoder_layers=2, static=(8, 16, 32), dynamic=4,
-                              max_len=42, dropout=0.0)}
+                 "tiny": dict(dim=128, heads=4, feed_forward=256, encoder_layers=2, decoder_layers=2, static=(8, 16, 32),
+                              dynamic=4, max_len=42, dropout=0.0)}
         if name != "coco" and name not in small: raise UserError(f"preset {name!r}: choose coco, {', '.join(small)}")
         return cls(features=features, **small.get(name, {}))
 
@@ -106,7 +108,8 @@ class DecoderLayer(nn.Module):
         """All words y [R, T, D] at once, with keep [R, T, T] -> [R, T, D]."""
         return self.look(y + self.dropout(self.dynamic(self.norm1(y), keep)), keys_values, mask)
 
-    def step(self, y: Tensor, cache: Tensor, keep: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, y: Tensor, cache: Tensor, keep: Tensor, keys_values: tuple[Tensor, Tensor],
+             mask: Tensor) -> tuple[Tensor, Tensor]:
         """The newest words y [R, K, D] and the cache of the older ones -> their rows [R, K, D] and the longer cache."""
         mixed, cache = self.dynamic.step(self.norm1(y), cache, keep)
         return self.look(y + mixed, keys_values, mask), cache

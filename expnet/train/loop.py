@@ -65,10 +65,15 @@ class Phase:
         if self.precision not in ("fp32", "bf16"): raise UserError(f"precision {self.precision!r}: fp32 or bf16")
         for name in ("epochs", "batch_size", "captions", "beam", "validate", "save_every", "log_every"):
             if getattr(self, name) < 1: raise UserError(f"{name} {getattr(self, name)}: must be 1 or more")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < 1e6: raise UserError(f"{name} {getattr(self, name)}: must be above 0")
+        for name in ("warmup", "patience", "weight_decay"):
+            if getattr(self, name) < 0: raise UserError(f"{name} {getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.smoothing < 1: raise UserError(f"smoothing {self.smoothing}: must be at least 0 and less than 1")
 
 # %% ../../nbs/train/34_loop.ipynb #warmup-cosine
 def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.02) -> float:
-    """The share of the highest learning rate at `step` (from 0) of `total`: a linear rise for `warmup` steps, a half cosine down to `floor`."""
+    """The share of the highest learning rate at `step` (from 0) of `total`: linear rise for `warmup` steps, cosine to `floor`."""
     rise = (step + 1) / (min(warmup, total) + 1)
     fall = floor + (1 - floor) * 0.5 * (1 + cos(pi * min(step / max(total - 1, 1), 1)))
     return min(rise, 1.0) * fall
@@ -76,20 +81,21 @@ def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.02) -> fl
 # %% ../../nbs/train/34_loop.ipynb #batch-loss
 def batch_loss(model: Captioner, batch: Batch, smoothing: float) -> torch.Tensor:
     """Smoothed cross-entropy of the batch's captions, each word predicted from those before it."""
-    logits = model(model.encode(batch.x.to(next(model.parameters()).dtype), batch.mask), batch.tokens[:, :-1])
+    logits = model(model.encode(batch.x, batch.mask), batch.tokens[:, :-1])
     return xe(logits, batch.tokens[:, 1:], model.vocab.pad, smoothing)
 
 # %% ../../nbs/train/34_loop.ipynb #train-step
 def train_step(model: Captioner, optimiser: torch.optim.Optimizer, batch: Batch, phase: Phase) -> float:
-    """Move the weights by one batch; returns the loss. FloatingPointError names the pictures of a loss that is not finite."""
+    """Move the weights by one batch; returns the loss. FloatingPointError names the pictures if it is not finite."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=phase.precision == "bf16"):
         loss = batch_loss(model, batch, phase.smoothing)
-    if not isfinite(value := loss.item()): raise FloatingPointError(f"the loss is {value}; pictures of the batch: {', '.join(batch.ids)}")
     optimiser.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), phase.clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), phase.clip)
+    for name, value in (("loss", loss.item()), ("gradient", norm.item())):
+        if not isfinite(value): raise FloatingPointError(f"the {name} is {value}; pictures of the batch: {', '.join(batch.ids)}")
     optimiser.step()
-    return value
+    return loss.item()
 
 # %% ../../nbs/train/34_loop.ipynb #validate
 def validate(model: Captioner, data: Data, phase: Phase) -> dict[str, Any]:
@@ -103,10 +109,13 @@ def validate(model: Captioner, data: Data, phase: Phase) -> dict[str, Any]:
 class Run:
     """A model in training: its optimiser, where it stands, what happened so far, and its folder `out`."""
     def __init__(self, model: Captioner, data: Data, phase: Phase, out: str | Path):
+        if model.backbone is not None and any(p.requires_grad for p in model.backbone.parameters()):
+            raise ValueError("the backbone must be frozen: this loop does not keep its changes")
+        data.of("val")                                        # missing pictures are reported now, not after an epoch
         self.model, self.data, self.phase, self.out = model, data, phase, Path(out)
         self.device = next(model.parameters()).device
-        self.batches = Batches(data.of("train"), data.vocab, data.store, phase.batch_size, captions=phase.captions, seed=phase.seed,
-                               max_len=model.max_len)
+        self.batches = Batches(data.of("train"), data.vocab, data.store, phase.batch_size, captions=phase.captions,
+                               seed=phase.seed, max_len=model.max_len)
         self.optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], phase.lr, betas=(0.9, 0.98),
                                            weight_decay=phase.weight_decay)
         self.epoch = self.position = self.step = self.stale = 0
@@ -117,15 +126,22 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything that a continued run needs: settings to compare, weights, optimiser, random numbers, counters."""
         weights = {n: w for n, w in self.model.state_dict().items() if not n.startswith("backbone.")}
-        return {"phase": asdict(self.phase), "model": weights, "optimiser": self.optimiser.state_dict(), "random": random_state(),
+        return {"settings": self.settings, "model": weights, "optimiser": self.optimiser.state_dict(), "random": random_state(),
                 "counters": {name: getattr(self, name) for name in self.COUNTERS}}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What may not change between a run and its continuation: the phase's numbers and the data they refer to."""
+        return {**asdict(self.phase), "vocabulary": self.data.vocab.fingerprint, "training pictures": len(self.batches.items)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Become the run whose `state` this is; UserError if it was run with other settings."""
-        other = [f"{k} was {v!r}, now {asdict(self.phase)[k]!r}" for k, v in state["phase"].items() if asdict(self.phase).get(k) != v]
-        if other: raise UserError(f"{self.out}: holds a run with other settings ({'; '.join(other)}): continue with those, or choose a new folder")
-        try: self.model.load_state_dict(state["model"], strict=self.model.backbone is None)
-        except RuntimeError as error: raise UserError(f"{self.out}: holds a run of a model with other sizes or another vocabulary") from error
+        other = [f"{k} was {v!r}, now {self.settings[k]!r}" for k, v in state["settings"].items() if self.settings[k] != v]
+        if other: raise UserError(f"{self.out}: holds a run with other settings ({'; '.join(other)}): choose a new folder")
+        own = {n: w.shape for n, w in self.model.state_dict().items() if not n.startswith("backbone.")}
+        if own != {n: w.shape for n, w in state["model"].items()}:
+            raise UserError(f"{self.out}: holds a run of a model with other sizes")
+        self.model.load_state_dict(state["model"], strict=False)
         self.optimiser.load_state_dict(state["optimiser"])
         set_random_state(state["random"])
         for name in self.COUNTERS: setattr(self, name, state["counters"][name])
@@ -150,12 +166,13 @@ def train_epoch(run: Run, watch: Watch) -> None:
         if len(run.losses) == run.phase.log_every:
             run.history.append({"step": run.step, "loss": round(sum(run.losses) / len(run.losses), 5), "lr": rate})
             run.losses = []
-        watch({"event": "step", "step": run.step, "total": total, "epoch": run.epoch, "pictures": len(batch.ids), "history": run.history})
+        watch({"event": "step", "step": run.step, "total": total, "pictures": len(batch), "history": run.history})
         if run.step % run.phase.save_every == 0: save_state(run.out / "state.pt", run.state())
 
 # %% ../../nbs/train/34_loop.ipynb #end-epoch
 def end_epoch(run: Run, watch: Watch) -> None:
     """Validate, remember, keep the model if it is the best, and save the state."""
+    save_state(run.out / "state.pt", run.state())             # the epoch's work is safe, whatever happens in validation
     scores = validate(run.model, run.data, run.phase)
     run.epoch, run.position = run.epoch + 1, 0
     better = scores["CIDEr-D"] > run.best
@@ -174,7 +191,9 @@ def fit(model: Captioner, data: Data, phase: Phase, out: str | Path, watch: Watc
     seed_all(phase.seed, threads=None)
     run = Run(model, data, phase, out)
     if (run.out / "state.pt").exists(): run.restore(load_state(run.out / "state.pt"))
-    else: save_model(run.out, model)
+    elif (run.out / "model.safetensors").exists():
+        raise UserError(f"{run.out}: holds a model but no state.pt to continue from; choose a new folder")
+    else: save_state(run.out / "state.pt", run.state())
     while not run.finished:
         train_epoch(run, watch)
         end_epoch(run, watch)

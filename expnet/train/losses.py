@@ -8,7 +8,6 @@ __all__ = ['xe']
 # %% ../../nbs/train/30_losses.ipynb #imports
 from math import log
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.captions import Item, Vocab, coverage, load_items, of_split, save_items
-from ..data.captions import karpathy
+import torch
+
+from ..data.captions import Item, Vocab, coverage, karpathy, load_items, of_split, save_items
 from ..data.features import FeatureStore, Report, write_features
 from ..data.shapes import write_world
 from ..decode.caption import Captioned, caption_stored
 from ..decode.search import Beam
-from ..models.backbone import Backbone, from_spec
+from ..models.backbone import Backbone, from_spec, read_weights
 from ..models.captioner import Captioner
 from ..models.expansionnet import ExpansionNet, ExpansionNetConfig
 from ..score.evaluate import Scores, evaluate
@@ -30,8 +31,8 @@ def prepare(folder: str | Path, items: Sequence[Item], min_count: int = 5) -> st
     """Write items.jsonl and vocab.json (training words with `min_count` uses or more) into `folder`; a summary in words."""
     folder = Path(folder)
     vocab = Vocab.build(items, min_count)
-    save_items(folder / "items.jsonl", items)
     vocab.save(folder / "vocab.json")
+    save_items(folder / "items.jsonl", items)                 # last: where it is, all is
     lines = [f"{split}: {len(part):,} pictures, {sum(len(i.captions) for i in part):,} captions"
              for split in dict.fromkeys(i.split for i in items) for part in [of_split(items, split)]]
     known = coverage(vocab, of_split(items, "train"))
@@ -39,24 +40,31 @@ def prepare(folder: str | Path, items: Sequence[Item], min_count: int = 5) -> st
 
 # %% ../../nbs/train/35_recipes.ipynb #extract
 def extract(folder: str | Path, backbone: Backbone, device: str = "cpu", **options) -> Report:
-    """Write features.h5 and backbone.safetensors into the data `folder`; what is there already is kept. Options: see write_features."""
+    """Write features.h5 and backbone.safetensors into the data `folder`, keeping what is there. Options: write_features.
+
+    UserError if the features that are there were made with other weights."""
     folder = Path(folder)
-    items = load_items(folder / "items.jsonl")
-    report = write_features(folder / "features.h5", items, backbone, device=device, **options)
-    save_tensors(folder / "backbone.safetensors", backbone.state_dict())
-    return report
+    weights, own = folder / "backbone.safetensors", {name: w.cpu() for name, w in backbone.state_dict().items()}
+    if weights.exists() and any((folder / name).exists() for name in ("features.h5", "features.h5.part")):
+        there = read_weights(weights)
+        if there.keys() != own.keys() or not all(torch.equal(there[name], own[name]) for name in own):
+            raise UserError(f"{weights}: the features beside it were made with other weights; choose a new folder")
+    else: save_tensors(weights, own)
+    return write_features(folder / "features.h5", load_items(folder / "items.jsonl"), backbone, device=device, **options)
 
 # %% ../../nbs/train/35_recipes.ipynb #open-data
 def open_data(folder: str | Path) -> tuple[Data, Backbone | None]:
     """The prepared data of `folder` and the backbone of its features (None if its weights are not there).
 
-    Pictures without features, because their file was bad, are left out."""
+    Pictures without features, because their file was bad, are left out; UserError if these are more than half."""
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f"{folder}: no such data folder (make one with: expnet prepare)")
     if not (folder / "features.h5").exists(): raise UserError(f"{folder}: no features.h5 in it (make it with: expnet features)")
     store = FeatureStore(folder / "features.h5")
-    items = [item for item in load_items(folder / "items.jsonl") if item.id in store]
-    if not items: raise UserError(f"{folder / 'features.h5'}: holds none of the pictures of items.jsonl")
+    every = load_items(folder / "items.jsonl")
+    items = [item for item in every if item.id in store]
+    if len(items) < 0.5 * len(every):
+        raise UserError(f"{folder / 'features.h5'}: holds {len(items)} of {len(every)} pictures; run `expnet features` again")
     backbone, weights = None, folder / "backbone.safetensors"
     if weights.exists():
         backbone = from_spec(store.spec)
@@ -72,7 +80,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe("tiny", Phase(epochs=3, batch_size=32, captions=5, lr=2e-3, warmup=50, validate=200)),
-    "flickr8k": Recipe("flickr8k", Phase(epochs=12, batch_size=16, captions=5, lr=7e-4, warmup=300, validate=500, precision="bf16")),
+    "flickr8k": Recipe("flickr8k", Phase(epochs=12, batch_size=16, captions=5, lr=7e-4, warmup=300, precision="bf16")),
 }
 
 def recipe(name: str) -> Recipe:
@@ -81,7 +89,8 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 # %% ../../nbs/train/35_recipes.ipynb #train
-def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "cpu", watch: Watch = lambda event: None) -> list[dict[str, Any]]:
+def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "cpu",
+          watch: Watch = lambda event: None) -> list[dict[str, Any]]:
     """Train ExpansionNet v2 on the data `folder` as the recipe says; the history. `out` becomes the model folder."""
     data, backbone = open_data(folder)
     seed_all(how.phase.seed, threads=None)
@@ -91,15 +100,19 @@ def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "cpu",
 # %% ../../nbs/train/35_recipes.ipynb #evaluate-split
 def evaluate_split(model: Captioner, data: Data, split: str = "test", beam: int = 3, limit: int | None = None,
                    watch: Callable[[int, int], None] | None = None) -> tuple[list[Captioned], Scores]:
-    """Captions of the pictures of `split` (the first `limit`) by beam search, and their scores. UserError if the vocabularies differ."""
-    if model.vocab.fingerprint != data.vocab.fingerprint: raise UserError("the model was trained with another vocabulary than that of this data")
+    """Captions of the pictures of `split` (the first `limit`) by beam search, and their scores. UserError for other features."""
+    own, theirs = model.backbone.spec if model.backbone is not None else None, data.store.spec
+    if data.store.dim != model.config.features or own and theirs and own != theirs:
+        names = [spec["name"] if spec else "unknown" for spec in (own, theirs)]
+        sizes = model.config.features, data.store.dim
+        raise UserError(f"the model reads {sizes[0]} numbers a region of {names[0]}, the data has {sizes[1]} of {names[1]}")
     items = data.of(split)[:limit]
     said = caption_stored(model, data.store, [item.id for item in items], Beam(beam), watch=watch)
     return said, evaluate({c.name: c.captions[0] for c in said}, items)
 
 # %% ../../nbs/train/35_recipes.ipynb #prepare-world
-def prepare_world(folder: str | Path, n_train: int = 6000, n_val: int = 200, n_test: int = 500, n_pairs: int = 200, n_counts: int = 200,
-                  seed: int = 0) -> str:
+def prepare_world(folder: str | Path, n_train: int = 6000, n_val: int = 200, n_test: int = 500, n_pairs: int = 200,
+                  n_counts: int = 200, seed: int = 0) -> str:
     """Draw the embedded world into `folder` and prepare it; a summary in words. The same sizes and seed give the same files."""
     path = write_world(folder, n_train, n_val, n_test, n_pairs, n_counts, seed)
     return prepare(folder, karpathy(path, path.parent))
