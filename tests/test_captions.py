@@ -53,6 +53,10 @@ def test_vocabulary_is_the_training_words_seen_often_enough(texts, least):
     assert coverage(vocab, items).unknown == unknown
 
 
+def test_text_without_words_has_no_tokens():
+    assert tokenize(" ... - '' `` \u200b") == []
+
+
 def test_vocabulary_survives_file_and_pickle(tmp_path):
     vocab = Vocab(["\n", '"', "é", "UNK", "SOS", "PAD", "EOS"])
     vocab.save(tmp_path/"v.json")
@@ -96,6 +100,7 @@ ROWS = {  # file name, content -> message
     "sibling folder": ("c.csv", "image,caption\n../imgs2/1.jpg,x\n", "is not inside the folder"),
     "duplicate id": ("c.csv", "image,caption,id\n1.jpg,x,a\n2.jpg,x,a\n", "line 3: field 'id': duplicate id 'a'"),
     "id of another picture": ("c.csv", "image,caption,id\n1.jpg,x,\n2.jpg,x,1.jpg\n", "line 3: field 'id': duplicate id '1.jpg'"),
+    "two splits": ("c.csv", "image,caption,split\n1.jpg,x,train\n1.jpg,y,test\n", "line 3: field 'split': 'test' contradicts"),
     "two ids": ("c.csv", "image,caption,id\n1.jpg,x,a\n1.jpg,x,b\n", "line 3: field 'id': 'b' contradicts 'a'"),
     "not JSON": ("c.jsonl", '{"image": "1.jpg", "caption": "x"}\n{"image"\n', "line 2 is not JSON"),
     "list": ("c.jsonl", "[1]\n", "line 1 is not a JSON object"),
@@ -151,6 +156,11 @@ def test_shares_are_exact_disjoint_and_refused_beside_a_split_column(tmp_path):
         with pytest.raises(UserError): resplit(items, **bad)
 
 
+def picture(name: str, caption: str = "x", **ids: int) -> dict:
+    """One picture of a Karpathy file."""
+    return {"filename": name, "split": "test", "sentences": [{"raw": caption}], **ids}
+
+
 KARPATHY = {
     "no images": ({"pictures": []}, "field 'images' is missing (fields here: pictures)"),
     "list": ([], "expected an object with the field 'images'"),
@@ -159,6 +169,10 @@ KARPATHY = {
     "no object": ({"images": [3]}, "images[0]: expected an object"),
     "no sentences": ({"images": [{"filename": "a.jpg", "split": "val"}]}, "images[0]: field 'sentences' is missing"),
     "no raw": ({"images": [{"filename": "a.jpg", "split": "val", "sentences": [{"tokens": []}]}]}, "images[0].sentences[0]: field 'raw'"),
+    "no split": ({"images": [{"filename": "a.jpg"}]}, "images[0]: field 'split' is missing (fields here: filename)"),
+    "name escapes": ({"images": [picture("../d.jpg")]}, "images[0]: image '../d.jpg' is not inside the folder"),
+    "empty caption": ({"images": [picture("a.jpg"), picture("b.jpg", " .")]}, "images[1]: field 'caption': caption 1 is empty"),
+    "duplicate id": ({"images": [picture("a.jpg", cocoid=42), picture("b.jpg", imgid=42)]}, "images[1]: field 'id': duplicate id '42'"),
     "filepath escapes": ({"images": [{"filename": "a.jpg", "filepath": "..", "split": "val", "sentences": []}]}, "image '../a.jpg'"),
 }
 

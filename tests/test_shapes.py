@@ -35,9 +35,9 @@ def test_mixed_length_and_styles():
 def corrupt(text, rng):
     "Replace one colour, shape or count word of `text` by another of its kind."
     words = text.lower().rstrip(".").split()
-    kinds = [(k, language._LEXICON[w.strip(",")]) for k, w in enumerate(words) if w.strip(",") in language._LEXICON]
+    kinds = [(k, language.LEXICON[w.strip(",")]) for k, w in enumerate(words) if w.strip(",") in language.LEXICON]
     place, (kind, meaning) = rng.choice([(k, e) for k, e in kinds if e[0] in ("colour", "shape", "shapes", "count")])
-    words[place] = rng.choice([w for w, e in language._LEXICON.items() if e[0] == kind and e[1] != meaning])
+    words[place] = rng.choice([w for w, e in language.LEXICON.items() if e[0] == kind and e[1] != meaning])
     return " ".join(words)
 
 
@@ -58,7 +58,7 @@ def test_only_one_scene_fits():
 
 
 def test_any_text_has_a_score():
-    rng, words = random.Random(1), [*language._LEXICON, "UNK", "<unk>", "of", "and", "with", "the", "é", "\n", "12"]
+    rng, words = random.Random(1), [*language.LEXICON, "UNK", "<unk>", "of", "and", "with", "the", "é", "\n", "12"]
     for k in range(600):
         text = " ".join(rng.choice(words) for _ in range(rng.randrange(30)))
         score = scene_f1(text, WORLD[k % len(WORLD)].scene)

@@ -134,7 +134,7 @@ class FeatureStore:
     `spec` and `prepare` what it is. Safe to use from many processes and threads; pickled as its path."""
     def __init__(self, path: str | Path):
         self.path, self._pid = str(path), None
-        self._open()
+        self.connect()
 
     def __reduce__(self) -> tuple: return FeatureStore, (self.path,)  # what is pickled
     def __contains__(self, name: str) -> bool: return name in self._index.rows
@@ -143,7 +143,7 @@ class FeatureStore:
     @property
     def ids(self) -> list[str]: return list(self._index.rows)
 
-    def _open(self) -> None:
+    def connect(self) -> None:  # opens the file, once in each process
         if self._pid == os.getpid(): return
         self._lock, self._file, self._raw = Lock(), open_h5(self.path), open(self.path, "rb", buffering=0)
         try: index = read_index(self._file)
@@ -157,17 +157,17 @@ class FeatureStore:
         """Features [len(ids), regions, dim] in the stored dtype and mask [len(ids), regions], in the order of `ids`.
 
         Ids may repeat. Regions beyond a picture's own are 0 and False. UserError names an id that is not there."""
-        self._open()
+        self.connect()
         with self._lock:
             for name in ids:
                 if name not in self._places: self._places[name] = find_place(name, self._index, self._file, self.path)
             widths = np.array([self._places[name][1] for name in ids], dtype=int)
             x = np.zeros((len(ids), widths.max() if len(ids) else self.regions, self.dim), self.dtype)
             for start, k in sorted((self._places[name][0], k) for k, name in enumerate(ids)):  # in the order on the disk
-                self._fill(x[k, :widths[k]], ids[k], start)
+                self.fill(x[k, :widths[k]], ids[k], start)
         return x, np.arange(x.shape[1]) < widths[:, None]
 
-    def _fill(self, out: np.ndarray, name: str, start: int) -> None:
+    def fill(self, out: np.ndarray, name: str, start: int) -> None:  # start: first byte of the features, 0 if compressed
         if not start: out[:] = read_packed(name, self._index, self._file)[:len(out)]
         elif self._raw.seek(start) and self._raw.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
             raise UserError(f"{self.path}: the features of {name!r} end too early")

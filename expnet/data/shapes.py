@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'SIZES', 'BACKGROUNDS', 'CLEAR', 'CORNERS', 'UNITS', 'SIDE', 'GAP', 'MEETING', 'NOISE', 'COVER',
-           'HELD_PAIRS', 'HELD_COUNTS', 'COUNT_SHARES', 'HOSTS', 'SPLITS', 'Group', 'Scene', 'contrast',
-           'clear_backgrounds', 'stencil', 'Placed', 'layout', 'draw', 'label_grid', 'sample_scene', 'Record', 'record',
+           'HELD_PAIRS', 'HELD_COUNTS', 'COUNT_SHARES', 'HOSTS', 'CELLS', 'SPLITS', 'Group', 'Scene', 'contrast',
+           'clear_backgrounds', 'outline', 'stencil', 'find_blocks', 'block_side', 'centre_of', 'apart', 'Placed',
+           'arrange', 'meeting_offset', 'place_objects', 'layout', 'stripe_colour', 'in_pixels', 'draw', 'label_grid',
+           'one_of', 'choose_cells', 'find_relations', 'draft_looks', 'keeps_rules', 'sample_scene', 'Record', 'record',
            'shapes', 'write_world']
 
 # %% ../../nbs/data/02_shapes.ipynb #imports
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +35,7 @@ BACKGROUNDS = {"white": (240, 240, 240), "black": (12, 12, 12), "grey": (150, 15
 # %% ../../nbs/data/02_shapes.ipynb #Group
 @dataclass(frozen=True)
 class Group:
-    """`count` equal objects that lie together in one cell (row, column) of a 3 × 3 layout. UserError for unknown values."""
+    """`count` equal objects that lie together in one `cell` (row, column), 0 to 2 each. UserError for unknown values."""
     count: int
     size: str
     colour: str
@@ -61,18 +64,18 @@ class Scene:
             raise UserError(f"background {self.background!r}: expected one of {', '.join(BACKGROUNDS)}")
 
     def to_dict(self) -> dict:
-        "The scene as JSON values."
+        """The scene as values that JSON can hold."""
         groups = [{**vars(g), "cell": list(g.cell)} for g in self.groups]
         return {"groups": groups, "relations": [list(r) for r in self.relations], "background": self.background}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Scene":
-        "The scene that `to_dict` wrote; other keys are passed over."
+        """The scene that `to_dict` wrote; further keys are ignored. UserError for unknown values."""
         groups = tuple(Group(**{**g, "cell": tuple(g["cell"])}) for g in values["groups"])
         return cls(groups, tuple((i, name, j) for i, name, j in values["relations"]), values["background"])
 
 # %% ../../nbs/data/02_shapes.ipynb #CLEAR
-CLEAR = 180.0
+CLEAR = 180.0  # least distance of two colours that are told apart
 
 
 def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
@@ -87,19 +90,21 @@ def clear_backgrounds(colours: frozenset[str]) -> tuple[str, ...]:
     return tuple(name for name, rgb in BACKGROUNDS.items() if all(contrast(COLOURS[c], rgb) >= CLEAR for c in colours))
 
 # %% ../../nbs/data/02_shapes.ipynb #CORNERS
+# steps of the grid, corners as "xy xy ..."
 CORNERS = {"square": (1, "00 10 11 01"), "triangle": (2, "10 22 02"), "diamond": (2, "10 21 12 01"),
            "cross": (3, "10 20 21 31 32 22 23 13 12 02 01 11")}
 
 
-def _outline(shape: str) -> list[tuple[float, float]]:
-    "Corner points (x, y) of `shape` in the unit square, y downwards."
+def outline(shape: str) -> list[tuple[float, float]]:
+    """Corner points (x, y) of `shape` in the unit square, y downwards."""
     if shape in CORNERS:
-        parts, points = CORNERS[shape]
-        return [(int(x) / parts, int(y) / parts) for x, y in points.split()]
-    turn = np.arange(10 if shape == "star" else 60) * 2 * np.pi / (10 if shape == "star" else 60)
+        steps, corners = CORNERS[shape]
+        return [(int(x) / steps, int(y) / steps) for x, y in corners.split()]
+    points = 10 if shape == "star" else 60
+    turn = np.arange(points) * 2 * np.pi / points
     x, y = np.sin(turn), -np.cos(turn)
     if shape == "star":
-        radius = np.where(np.arange(10) % 2, 0.42, 1.05)
+        radius = np.where(np.arange(points) % 2, 0.42, 1.05)  # every second point is a notch
         x, y = radius * x, radius * y + 0.05
     if shape == "heart":
         x, y = x ** 3, (13 * y + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn) - 2.5) / 14.5
@@ -112,39 +117,40 @@ def stencil(shape: str, side: int, striped: bool = False) -> Image.Image:
     big = 8 * side
     image = Image.new("L", (big, big))
     pen = ImageDraw.Draw(image)
-    pen.polygon([(x * (big - 1), y * (big - 1)) for x, y in _outline(shape)], fill=255)
+    pen.polygon([(x * (big - 1), y * (big - 1)) for x, y in outline(shape)], fill=255)
     if shape == "ring": pen.ellipse([0.26 * big, 0.26 * big, 0.74 * big, 0.74 * big], fill=0)
-    for k in range(0, 10, 2) if striped else (): pen.rectangle([0, k * big / 9 - 1, big, (k + 1) * big / 9], fill=0)
+    if striped:
+        for k in range(0, 10, 2): pen.rectangle([0, k * big / 9 - 1, big, (k + 1) * big / 9], fill=0)
     return image.resize((side, side), Image.Resampling.BOX)
 
 # %% ../../nbs/data/02_shapes.ipynb #UNITS
 UNITS = 64
 SIDE = {"small": 9, "large": 14, "host": 27, "partner": 17}
-GAP = 2
+GAP = 2  # least distance of two objects or blocks
 
 
-def _blocks(scene: Scene) -> list[tuple[str, tuple[int, ...]]]:
+def find_blocks(scene: Scene) -> list[tuple[str, tuple[int, ...]]]:
     "What shares a cell: (kind, groups), the groups in the order in which they are painted."
     pairs = [(name, (j, i)) for i, name, j in scene.relations if name in ("inside", "overlapping")]
     paired = {k for _, groups in pairs for k in groups}
     return pairs + [("group", (k,)) for k in range(len(scene.groups)) if k not in paired]
 
 
-def _block_side(kind: str, count: int, size: str) -> int:
+def block_side(kind: str, count: int, size: str) -> int:
     "Side of the square that holds a block, in units."
     if kind == "inside": return SIDE["host"]
     if kind == "overlapping": return SIDE["partner"] + 12
     return SIDE[size] if count == 1 else 2 * SIDE[size] + GAP
 
-# %% ../../nbs/data/02_shapes.ipynb #centre
+# %% ../../nbs/data/02_shapes.ipynb #centre-of
 @lru_cache
-def _centre(cell: tuple[int, int], side: int) -> tuple[float, float]:
+def centre_of(cell: tuple[int, int], side: int) -> tuple[float, float]:
     "Centre (x, y) of `cell`, moved so that a block of `side` stays in the frame."
     row, column = (min(max((k + 0.5) * UNITS / 3, side / 2 + 1), UNITS - side / 2 - 1) for k in cell)
     return column, row
 
 
-def _clear(x: float, y: float, side: float, others: list[tuple[float, float, float]]) -> bool:
+def apart(x: float, y: float, side: float, others: list[tuple[float, float, float]]) -> bool:
     "Is a square of `side` around (x, y) apart from all `others` (x, y, side) by the gap?"
     return all(max(abs(x - a), abs(y - b)) >= (side + s) / 2 + GAP for a, b, s in others)
 
@@ -159,7 +165,7 @@ class Placed:
     striped: bool
 
 
-def _arrange(count: int, side: float, rng) -> list[tuple[float, float]]:
+def arrange(count: int, side: float, rng: np.random.Generator) -> list[tuple[float, float]]:
     "Offsets of a group's objects from the centre of its block."
     turn, half = rng.random() < 0.5, (side + GAP) / 2
     if count == 1: return [(0, 0)]
@@ -168,11 +174,11 @@ def _arrange(count: int, side: float, rng) -> list[tuple[float, float]]:
     return [(-half, -half), (half, -half), (-half, half), (half, half)]
 
 # %% ../../nbs/data/02_shapes.ipynb #MEETING
-MEETING = 24
+MEETING = 24  # pixels that two overlapping shapes share at least
 
 
 @lru_cache
-def _meeting(under: str, over: str) -> tuple[int, int]:
+def meeting_offset(under: str, over: str) -> tuple[int, int]:
     "The largest offset (right, down) of `over` from `under` at which they share MEETING pixels."
     side = SIDE["partner"]
     one, other = (np.asarray(stencil(shape, side)) > 127 for shape in (under, over))
@@ -181,75 +187,76 @@ def _meeting(under: str, over: str) -> tuple[int, int]:
         if np.sum(one[dy:, dx:] & other[:side - dy, :side - dx]) >= MEETING: break
     return dx, dy
 
+# %% ../../nbs/data/02_shapes.ipynb #place-objects
+def place_objects(scene: Scene, kind: str, groups: tuple[int, ...], x: float, y: float, rng: np.random.Generator) -> list[Placed]:
+    "The objects of one block around (x, y)."
+    first = scene.groups[groups[0]]
+    shrink = float(rng.random() < 0.5)  # half of the blocks have objects one unit smaller
+    striped = {k: rng.random() < 0.2 and kind != "inside" for k in groups}
+    if kind == "group":
+        side = SIDE[first.size]
+        parts = [(groups[0], side, dx, dy) for dx, dy in arrange(first.count, side, rng)]
+    elif kind == "inside": parts = [(groups[0], SIDE["host"], 0, 0), (groups[1], SIDE["small"], 0, 0)]
+    else:
+        dx, dy = meeting_offset(first.shape, scene.groups[groups[1]].shape)
+        dx *= 0.5 if rng.random() < 0.5 else -0.5
+        parts = [(groups[0], SIDE["partner"], -dx, -dy / 2), (groups[1], SIDE["partner"], dx, dy / 2)]
+    return [Placed(k, x + dx - (side - shrink) / 2, y + dy - (side - shrink) / 2, side - shrink, striped[k])
+            for k, side, dx, dy in parts]
+
 # %% ../../nbs/data/02_shapes.ipynb #layout
 def layout(scene: Scene, seed: int = 0) -> list[Placed]:
     """The objects of `scene` in painting order. `seed` decides jitter, arrangement and stripes; draw and label_grid share it.
 
     UserError if two groups need the same place."""
-    rng, blocks, spots, result = np.random.default_rng([0, seed]), _blocks(scene), [], []
+    rng, blocks, result = np.random.default_rng([0, seed]), find_blocks(scene), []
+    spots = []  # (x, y, side) of each block
     for kind, (first, *_) in blocks:
         group = scene.groups[first]
-        side = _block_side(kind, group.count, group.size)
-        x, y = _centre(group.cell, side)
-        if not _clear(x, y, side, spots): raise UserError(f"scene cannot be drawn: cell {group.cell} is too near another group")
+        side = block_side(kind, group.count, group.size)
+        x, y = centre_of(group.cell, side)
+        if not apart(x, y, side, spots): raise UserError(f"scene cannot be drawn: cell {group.cell} is too near another group")
         spots.append((x, y, side))
-    for k, (kind, groups) in enumerate(blocks):
-        x, y, side = spots.pop(0)
+    for kind, groups in blocks:
+        x, y, side = spots.pop(0)  # what is left are the others, moved or not
         for _ in range(3):
             a, b = (min(max(v + 9 * rng.random() - 4.5, side / 2), UNITS - side / 2) for v in (x, y))
-            if _clear(a, b, side, spots):
+            if apart(a, b, side, spots):
                 x, y = a, b
                 break
         spots.append((x, y, side))
-        result += _place(scene, kind, groups, x, y, rng)
+        result += place_objects(scene, kind, groups, x, y, rng)
     return result
 
-# %% ../../nbs/data/02_shapes.ipynb #place
-def _place(scene: Scene, kind: str, groups: tuple[int, ...], x: float, y: float, rng) -> list[Placed]:
-    "The objects of one block around (x, y)."
-    members, shrink = [scene.groups[k] for k in groups], float(rng.random() < 0.5)
-    striped = [rng.random() < 0.2 and kind != "inside" for _ in groups]
-    if kind == "group":
-        count, side = members[0].count, SIDE[members[0].size]
-        owners, sides, offsets = [0] * count, [side] * count, _arrange(count, side, rng)
-    else:
-        owners, sides, offsets = (0, 1), (SIDE["host"], SIDE["small"]), [(0, 0), (0, 0)]
-        if kind == "overlapping":
-            dx, dy = _meeting(members[0].shape, members[1].shape)
-            dx *= 0.5 if rng.random() < 0.5 else -0.5
-            sides, offsets = (SIDE["partner"],) * 2, [(-dx, -dy / 2), (dx, dy / 2)]
-    return [Placed(groups[o], x + dx - (s - shrink) / 2, y + dy - (s - shrink) / 2, s - shrink, striped[o])
-            for o, s, (dx, dy) in zip(owners, sides, offsets)]
-
 # %% ../../nbs/data/02_shapes.ipynb #NOISE
-NOISE = 7.0
+NOISE = 7.0  # standard deviation, on the scale 0..255
 
 
-def _pixels(placed: Placed, size: int) -> tuple[int, int, int]:
+def stripe_colour(colour: tuple[int, int, int]) -> tuple[int, ...]:
+    "The colour of the stripes: darker, or lighter if the object is dark."
+    return tuple(int(c * 0.75) if sum(colour) > 150 else int(c + 60) for c in colour)
+
+
+def in_pixels(placed: Placed, size: int) -> tuple[int, int, int]:
     "Left, top and side of an object in a picture of `size` pixels."
     return round(placed.left * size / UNITS), round(placed.top * size / UNITS), round(placed.side * size / UNITS)
 
 
 def draw(scene: Scene, size: int = 64, seed: int = 0, noise: float = NOISE) -> np.ndarray:
-    """The picture of `scene`, uint8 [size, size, 3]; `noise` is a standard deviation. Same arguments, same bytes."""
+    """The picture of `scene`, uint8 [size, size, 3]; `noise`: standard deviation of each value. Same arguments, same bytes."""
     rng = np.random.default_rng([1, seed])
     shift = rng.integers(-6, 7, (3, 3)).tolist()
     image = Image.new("RGB", (size, size), BACKGROUNDS[scene.background])
     for placed in layout(scene, seed):
-        group, (left, top, side) = scene.groups[placed.group], _pixels(placed, size)
+        group, (left, top, side) = scene.groups[placed.group], in_pixels(placed, size)
         colour = tuple(c + s for c, s in zip(COLOURS[group.colour], shift[placed.group]))
         image.paste(colour, (left, top), stencil(group.shape, side))
-        if placed.striped: image.paste(_stripe(colour), (left, top), stencil(group.shape, side, True))
+        if placed.striped: image.paste(stripe_colour(colour), (left, top), stencil(group.shape, side, True))
     if not noise: return np.array(image)
     return (rng.standard_normal((size, size, 3), dtype=np.float32) * noise + np.asarray(image)).clip(0, 255).astype(np.uint8)
 
-
-def _stripe(colour: tuple[int, int, int]) -> tuple[int, ...]:
-    "The colour of the stripes: darker, or lighter if the object is dark."
-    return tuple(int(c * 0.75) if sum(colour) > 150 else int(c + 60) for c in colour)
-
 # %% ../../nbs/data/02_shapes.ipynb #COVER
-COVER = 0.06
+COVER = 0.06  # share of a place that an object must cover to own it
 
 
 def label_grid(scene: Scene, grid: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
@@ -260,7 +267,7 @@ def label_grid(scene: Scene, grid: int = 8, seed: int = 0) -> dict[str, np.ndarr
     size, placed = 8 * grid, layout(scene, seed)
     image = Image.new("L", (size, size))
     for k, p in enumerate(placed):
-        left, top, side = _pixels(p, size)
+        left, top, side = in_pixels(p, size)
         image.paste(k + 1, (left, top), stencil(scene.groups[p.group].shape, side).point(lambda v: 255 * (v > 127)))
     places = np.asarray(image).reshape(grid, 8, grid, 8).swapaxes(1, 2).reshape(grid, grid, 64)
     cover = np.stack([(places == k + 1).mean(-1) for k in range(len(placed))])
@@ -274,31 +281,30 @@ def label_grid(scene: Scene, grid: int = 8, seed: int = 0) -> dict[str, np.ndarr
 HELD_PAIRS = frozenset({("red", "star"), ("green", "ring"), ("blue", "heart"), ("yellow", "triangle"), ("orange", "circle"),
                         ("purple", "cross"), ("pink", "square"), ("brown", "diamond")})
 HELD_COUNTS = frozenset({(2, "heart"), (3, "square"), (4, "star"), (3, "ring")})
-COUNT_SHARES = ((1, 0.36), (2, 0.63), (3, 0.83), (4, 1.0))
-HOSTS = ("circle", "square", "diamond", "ring", "heart")
+COUNT_SHARES = ((1, 0.36), (2, 0.63), (3, 0.83), (4, 1.0))  # count, upper end of its share of 0..1
+HOSTS = ("circle", "square", "diamond", "ring", "heart")    # wide enough to hold another object
 
 
-def _one_of(rng, values):
-    "A uniformly drawn element of `values`."
+def one_of(rng: np.random.Generator, values: Sequence):
+    "An element of `values`, all equally likely."
     return values[int(rng.random() * len(values))]
 
-# %% ../../nbs/data/02_shapes.ipynb #COLOUR-NAMES
-_COLOUR_NAMES = tuple(COLOURS)
-_CELLS = tuple((row, column) for row in range(3) for column in range(3))
+# %% ../../nbs/data/02_shapes.ipynb #CELLS
+CELLS = tuple((row, column) for row in range(3) for column in range(3))
 
 
-def _cells(sides: list[int], rng) -> list[tuple[int, int]] | None:
+def choose_cells(sides: list[int], rng: np.random.Generator) -> list[tuple[int, int]] | None:
     "A random cell for each block, the largest first, so that none collide; None if there was no room."
     cells, taken = [(0, 0)] * len(sides), []
     for k in sorted(range(len(sides)), key=lambda k: -sides[k]):
-        free = [cell for cell in _CELLS if _clear(*_centre(cell, sides[k]), sides[k], taken)]
+        free = [cell for cell in CELLS if apart(*centre_of(cell, sides[k]), sides[k], taken)]
         if not free: return None
-        cells[k] = _one_of(rng, free)
-        taken.append((*_centre(cells[k], sides[k]), sides[k]))
+        cells[k] = one_of(rng, free)
+        taken.append((*centre_of(cells[k], sides[k]), sides[k]))
     return cells
 
 
-def _relations(cells: list[tuple[int, int]], special: str | None) -> tuple[tuple[int, str, int], ...]:
+def find_relations(cells: list[tuple[int, int]], special: str | None) -> tuple[tuple[int, str, int], ...]:
     "All relations of groups in `cells`; `special` holds between the first two, which share a cell."
     result = [(0, special, 1)] if special else []
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -308,14 +314,14 @@ def _relations(cells: list[tuple[int, int]], special: str | None) -> tuple[tuple
         if r1 != r2: result.append((i, "above" if r1 < r2 else "below", j))
     return tuple(result)
 
-# %% ../../nbs/data/02_shapes.ipynb #looks
-def _looks(rng, n: int, special: str | None, pair, counted) -> list[tuple[int, str, str, str]]:
+# %% ../../nbs/data/02_shapes.ipynb #draft-looks
+def draft_looks(rng: np.random.Generator, n: int, special: str | None, pair, counted) -> list[tuple[int, str, str, str]]:
     "Random (count, size, colour, shape) of `n` groups, with the held-out `pair` or count planted in one of them."
     looks, at = [], int(rng.random() * n)
     for k in range(n):
-        u, size = rng.random(), _one_of(rng, SIZES)
+        u, size = rng.random(), one_of(rng, SIZES)
         count = next(c for c, top in COUNT_SHARES if u < top)
-        colour, shape = _one_of(rng, _COLOUR_NAMES), _one_of(rng, SHAPES)
+        colour, shape = one_of(rng, tuple(COLOURS)), one_of(rng, SHAPES)
         if special and k < 2: count, size = 1, "small" if (special, k) == ("inside", 0) else "large"
         if k == at and pair: colour, shape = pair
         if k == at and counted: count, shape = counted
@@ -323,7 +329,7 @@ def _looks(rng, n: int, special: str | None, pair, counted) -> list[tuple[int, s
     return looks
 
 
-def _allowed(looks, special: str | None, pair, counted) -> bool:
+def keeps_rules(looks, special: str | None, pair, counted) -> bool:
     "Do these groups differ from each other, keep to the held-out rules, and suit `special`?"
     if len({look[2:] for look in looks}) < len(looks): return False
     if [look[2:] for look in looks if look[2:] in HELD_PAIRS] != [pair] * bool(pair): return False
@@ -345,16 +351,16 @@ def sample_scene(rng: np.random.Generator | int = 0, pair: tuple[str, str] | Non
         u, v = rng.random(), rng.random()
         n = 1 if u < 0.25 else 2 if u < 0.7 else 3
         special = None if n == 1 or v > 0.3 else "inside" if v < 0.15 else "overlapping"
-        looks = _looks(rng, n, special, pair, counted)
+        looks = draft_looks(rng, n, special, pair, counted)
         grounds = clear_backgrounds(frozenset(colour for _, _, colour, _ in looks))
-        if not grounds or not _allowed(looks, special, pair, counted): continue
-        kinds = [special] + ["group"] * (n - 2) if special else ["group"] * n
-        sides = [_block_side(kind, *look[:2]) for kind, look in zip(kinds, looks[bool(special):])]
-        cells = _cells(sides, rng)
+        if not grounds or not keeps_rules(looks, special, pair, counted): continue
+        sides = [block_side("group", count, size) for count, size, _, _ in looks[2 if special else 0:]]
+        if special: sides.insert(0, block_side(special, 1, "large"))
+        cells = choose_cells(sides, rng)
         if cells is None: continue
-        if special: cells = [cells[0]] + cells
+        if special: cells = cells[:1] + cells  # the first two groups share a cell
         groups = tuple(Group(*look, cell) for look, cell in zip(looks, cells))
-        return Scene(groups, _relations(cells, special), _one_of(rng, grounds))
+        return Scene(groups, find_relations(cells, special), one_of(rng, grounds))
 
 # %% ../../nbs/data/02_shapes.ipynb #SPLITS
 SPLITS = ("train", "val", "test", "test_pairs", "test_counts")
@@ -377,8 +383,8 @@ class Record:
 def record(split: str, number: int, seed: int = 0, style: str = "mixed", n: int = 5) -> Record:
     """Picture `number` of `split` in the world `seed`, with `n` captions; depends on nothing else."""
     rng = np.random.default_rng([seed, SPLITS.index(split), number])
-    pair = _one_of(rng, sorted(HELD_PAIRS)) if split == "test_pairs" else None
-    counted = _one_of(rng, sorted(HELD_COUNTS)) if split == "test_counts" else None
+    pair = one_of(rng, sorted(HELD_PAIRS)) if split == "test_pairs" else None
+    counted = one_of(rng, sorted(HELD_COUNTS)) if split == "test_counts" else None
     scene, picture_seed = sample_scene(rng, pair, counted), int(rng.integers(2**31))
     return Record(f"{split}_{number:06d}", split, scene, tuple(captions(scene, n, style, rng)), picture_seed)
 
