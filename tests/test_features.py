@@ -349,7 +349,7 @@ def test_many_readers(path, items):
     with fork.Pool(3) as forked, spawn.Pool(1) as fresh, ThreadPoolExecutor(4) as threads:
         jobs = [pool.apply_async(read_randomly, (store, want, ids, seed)) for seed in range(3) for pool in (forked, fresh)]
         jobs += [threads.submit(read_randomly, store, want, ids, seed) for seed in range(8)]
-        results = [job.get(60) if hasattr(job, "get") else job.result(60) for job in jobs]
+        results = [job.get(240) if hasattr(job, "get") else job.result(240) for job in jobs]
     assert results == [0] * 14
 
 
