@@ -186,8 +186,7 @@ class ExpansionNet(Captioner):
         outputs = [self.words(previous, old)]
         for layer, kv, cache in zip(self.decoder, memory.cache, state):
             y, cache = layer.step(outputs[-1], cache, keep, kv, memory.mask)
-            outputs.append(y)
-            caches.append(cache)
+            outputs, caches = [*outputs, y], [*caches, cache]
         return Step(self.head(self.decoder_fusion(outputs[1:])).float().log_softmax(-1), caches)
 
 # %% ../../nbs/models/13_expansionnet.ipynb #init-weights
