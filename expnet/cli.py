@@ -85,6 +85,7 @@ class Training(Counting):
             loss = next((h["loss"] for h in reversed(event["history"]) if "loss" in h), float("nan"))
             note = f"loss {loss:.3f}  {self.pictures / max(time.time() - self.began, 1e-9):.0f} pictures/s"
             self.bar.update(self.task, completed=event["step"], total=event["total"], note=note)
+        elif event["event"] == "note": console.print(event["text"])
         else: console.print(epoch_line(event))
 
 # %% ../nbs/deploy/52_cli.ipynb #epoch-line
@@ -166,6 +167,7 @@ def evaluate(model: ModelFolder, folder: Folder, split: str = "test",
              device: Device = "auto") -> None:
     """Caption a split of FOLDER from its stored features and score the captions."""
     data, _ = open_data(folder)
+    if data.left_out: console.print(f"{data.left_out} pictures have no features and are left out")
     net = load(model, pick_device(device))
     with Counting("captions") as watch: said, scores = evaluate_split(net, data, split, beam, limit, watch)
     console.print(str(scores))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.batches import Batch, Batches
+from ..data.batches import Batch, Batches, Store
 from ..data.captions import Item, Vocab, of_split
 from ..decode.caption import caption_stored
 from ..decode.search import Beam
@@ -32,7 +32,8 @@ class Data:
     """Items with captions, the vocabulary of their training split, and a store with `read(ids)` of their regions."""
     items: Sequence[Item]
     vocab: Vocab
-    store: Any
+    store: Store
+    left_out: int = 0                   # pictures without regions, because their files were bad
 
     def of(self, split: str) -> list[Item]:
         """The items of one split; UserError if there are none."""

@@ -56,7 +56,7 @@ def extract(folder: str | Path, backbone: Backbone, device: str = "cpu", **optio
 def open_data(folder: str | Path) -> tuple[Data, Backbone | None]:
     """The prepared data of `folder` and the backbone of its features (None if its weights are not there).
 
-    Pictures without features, because their file was bad, are left out; UserError if these are more than half."""
+    Pictures without features, because their file was bad, are left out and counted; UserError if these are more than half."""
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f"{folder}: no such data folder (make one with: expnet prepare)")
     if not (folder / "features.h5").exists(): raise UserError(f"{folder}: no features.h5 in it (make it with: expnet features)")
@@ -69,7 +69,7 @@ def open_data(folder: str | Path) -> tuple[Data, Backbone | None]:
     if weights.exists():
         backbone = from_spec(store.spec)
         fill(backbone, weights)
-    return Data(items, Vocab.load(folder / "vocab.json"), store), backbone
+    return Data(items, Vocab.load(folder / "vocab.json"), store, len(every) - len(items)), backbone
 
 # %% ../../nbs/train/35_recipes.ipynb #Recipe
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "cpu",
           watch: Watch = lambda event: None) -> list[dict[str, Any]]:
     """Train ExpansionNet v2 on the data `folder` as the recipe says; the history. `out` becomes the model folder."""
     data, backbone = open_data(folder)
+    if data.left_out: watch({"event": "note", "text": f"{data.left_out} pictures have no features and are left out"})
     seed_all(how.phase.seed, threads=None)
     config = ExpansionNetConfig.preset(how.preset, data.store.dim)
     return fit(ExpansionNet(config, data.vocab, backbone).to(device), data, how.phase, out, watch)
