@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..data.captions import Vocab
 from ..models.backbone import from_spec
@@ -47,7 +47,8 @@ def save_model(folder: str | Path, model: Captioner, with_backbone: bool = True)
 # %% ../../nbs/train/33_checkpoints.ipynb #save-tensors
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Store named tensors as safetensors in `path`, completely or not at all."""
-    with whole_file(path) as aside: save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside)
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with whole_file(path) as aside: aside.write_bytes(save(whole))   # save_file would hide the file from other users
 
 # %% ../../nbs/train/33_checkpoints.ipynb #load
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Captioner:
