@@ -13,7 +13,7 @@ from expnet.data.shapes import record
 
 def expnet(*words, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess:
     """Run the command as a shell would; with `ok`, fail the test if it fails."""
-    done = subprocess.run([sys.executable, "-c", "from expnet.cli import main; main()", *map(str, words)], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "from expnet.cli.app import main; main()", *map(str, words)], cwd=cwd, capture_output=True, text=True)
     assert not ok or done.returncode == 0, done.stderr
     return done
 
