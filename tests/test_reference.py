@@ -94,7 +94,7 @@ def test_beams_token_for_token(model, key):
     size, limit = (int("".join(filter(str.isdigit, part))) for part in key.split("_"))
     wanted = recorded["beams"][key]
     memory = model.encode(torch.from_numpy(arrays["features"]))
-    hyps = decode(model, memory, Beam(size, n_best=len(wanted["ids"][0])), max_len=limit)
+    hyps = decode(model, memory, Beam(size, n_best=len(wanted["ids"][0]), style="official"), max_len=limit)
     for image, rows in enumerate(wanted["ids"]):
         for n, ids in enumerate(rows):
             length = len(ids) - 1                                            # theirs begin with SOS

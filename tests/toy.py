@@ -1,0 +1,35 @@
+"""A captioner without weights for tests of searches: every beginning of every picture has its own random next-word table."""
+import torch
+
+from expnet.data.captions import Vocab
+from expnet.models.captioner import Captioner, Memory, Step
+
+WORDS = ["EOS", "PAD", "SOS", "UNK", "a", "disc", "red", "the", "on", "top"]
+
+
+class Toy(Captioner):
+    """log-probabilities [R, K, V] that depend on the picture and on all words so far, by a hash; `sharp` 0 makes them uniform."""
+
+    def __init__(self, words: int = 8, K: int = 1, sharp: float = 2.0, max_len: int = 10, seed: int = 0, dtype=torch.float32):
+        super().__init__(Vocab(WORDS[:words]), max_len)
+        self.K, self.sharp, self.dtype = K, sharp, dtype
+        self.table = torch.randn(997, K, words, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def encode(self, x, mask=None):
+        return Memory(x, torch.ones(x.shape[:2], dtype=torch.bool))
+
+    def start(self, memory):
+        return {"hash": memory.x[:, 0, 0].long() * 131 + 7, "said": memory.x.new_zeros(len(memory.x), 0, dtype=torch.long)}
+
+    def step(self, memory, state, previous, look=False):
+        code = state["hash"]
+        for word in previous.unbind(1): code = (code * 31 + word + 1) % 997
+        said = torch.cat([state["said"], previous], 1)
+        logp = (self.sharp * self.table[code]).log_softmax(-1).to(self.dtype)
+        aux = {"code": code[:, None].repeat(1, self.K).double(), "said": said[:, None].repeat(1, self.K, 1).double()} if look else {}
+        return Step(logp, {"hash": code, "said": said}, aux)
+
+
+def pictures(n: int, first: int = 0) -> torch.Tensor:
+    """n different pictures [n, 1, 1]; the toy only looks at their number."""
+    return torch.arange(first, first + n).float()[:, None, None]
