@@ -11,6 +11,7 @@ from expnet.score.bleu import bleu
 from expnet.data.captions import Item
 from expnet.score.cider import CiderD, DocumentFrequency
 from expnet.score.evaluate import Scores, evaluate
+from expnet.score.rouge import rouge_l
 from expnet.tools import UserError
 
 # pycocoevalcap 1.2 (BLEU, CIDEr-D) and ruotianluo/cider (plain CIDEr, training document frequencies) on 200 sets of captions
@@ -42,6 +43,10 @@ def test_lower_orders_do_not_depend_on_n():
 
 def test_ciderd_equals_the_coco_tools():
     assert_recorded("CIDErD_pycocoevalcap", *CiderD().score(HYPS, REFS))
+
+
+def test_rouge_equals_the_coco_tools():
+    assert_recorded("ROUGE_L", *rouge_l(HYPS, REFS))
 
 
 def test_plain_cider_equals_its_source():
