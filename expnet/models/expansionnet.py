@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .captioner import Captioner, Memory, Step
 from .dropout import Dropout
-from .dynamic_expansion import DynamicExpansion, causal
+from .dynamic_expansion import DynamicExpansion, causal, shares
 from .static_expansion import StaticExpansion
 from ..tools import UserError
 
@@ -34,6 +34,7 @@ class ExpansionNetConfig:
     dynamic: int = 16                                         # expansion vectors a word
     max_len: int = 74                                         # positions: SOS, the words, EOS
     dropout: float = 0.3
+    K: int = 1                                                # words a step
 
     def __post_init__(self):
         object.__setattr__(self, "static", tuple(self.static))
@@ -74,6 +75,13 @@ class CrossAttention(nn.Module):
         folded = self.query(y).reshape(len(keys), -1, y.shape[-1])                    # (batch, rows·words, dim)
         seen = F.scaled_dot_product_attention(self.split(folded), keys, values, attn_mask=mask[:, None, None])
         return self.out(seen.transpose(1, 2).flatten(2).view_as(y))
+
+    def maps(self, y: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """How words y [R, T, D] divide their attention among the regions [R, T, N], as a mean over the heads."""
+        keys, _ = keys_values
+        query = self.split(self.query(y).reshape(len(keys), -1, y.shape[-1]))
+        scores = (query @ keys.transpose(-1, -2) / sqrt(keys.shape[-1])).masked_fill(~mask[:, None, None], -torch.inf)
+        return scores.softmax(-1).mean(1).view(*y.shape[:2], -1)
 
 # %% ../../nbs/models/15_expansionnet.ipynb #FeedForward
 class FeedForward(nn.Sequential):
@@ -119,6 +127,12 @@ class DecoderLayer(nn.Module):
         y = y + self.dropout(self.cross(self.norm2(y), keys_values, mask))
         return y + self.dropout(self.feed_forward(self.norm3(y)))
 
+    def maps(self, y: Tensor, cache: Tensor, keep: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """What `step` with the same arguments looks at: attention [R, K, N], expansion [R, K, E], words [R, K, L]."""
+        expansion, words = shares(self.dynamic, self.norm1(y), cache, keep)
+        y = y + self.dynamic.step(self.norm1(y), cache, keep)[0]
+        return {"attention": self.cross.maps(self.norm2(y), keys_values, mask), "expansion": expansion, "words": words}
+
 # %% ../../nbs/models/15_expansionnet.ipynb #Fusion
 class Fusion(nn.Module):
     """The last layer's output plus a linear mix of all layers' outputs, normalised."""
@@ -147,12 +161,12 @@ class WordVectors(nn.Module):
 class ExpansionNet(Captioner):
     """ExpansionNet v2 (Hu, Cavicchioli, Capotondi 2022, arXiv 2208.06551) behind the captioner's contract."""
     def __init__(self, config: ExpansionNetConfig, vocab, backbone: nn.Module | None = None):
-        super().__init__(vocab, config.max_len, backbone)
+        super().__init__(vocab, config.max_len, backbone, config.K)
         self.config, c = config, config
         self.input = nn.Linear(c.features, c.dim)
         self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
         self.encoder_fusion = Fusion(c.encoder_layers, c.dim, c.dropout)
-        self.words = WordVectors(len(vocab), c.max_len, c.dim, c.dropout)
+        self.words = WordVectors(len(vocab), -(-c.max_len // c.K) * c.K, c.dim, c.dropout)   # whole groups of places
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
         self.decoder_fusion = Fusion(c.decoder_layers, c.dim, c.dropout)
         self.head, self.dropout = nn.Linear(c.dim, len(vocab)), Dropout(c.dropout)
@@ -162,16 +176,15 @@ class ExpansionNet(Captioner):
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Memory:
         """Memory of features [B, N, features] with mask [B, N], or of pictures [B, 3, H, W] if there is a backbone."""
         x = self.features(x).to(self.input.weight.dtype)
-        if mask is None: mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         outputs = [self.dropout(self.input(x))]
         for layer in self.encoder: outputs.append(layer(outputs[-1], mask))
         x = self.encoder_fusion(outputs[1:])
         return Memory(x, mask, [layer.cross.remember(x) for layer in self.decoder])
 
     def forward(self, memory: Memory, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        """Logits [R, T, V] of the word after each of tokens [R, T]; real [R, T] tells words from padding (None: not PAD)."""
-        keep = causal(tokens != self.vocab.pad if real is None else real)
-        outputs = [self.words(tokens)]
+        """Logits [R, T, V] for inputs [R, T] from `teacher_forcing`; real [R, T] tells words from padding (None: not PAD)."""
+        outputs, keep = [self.words(tokens)], causal(tokens != self.vocab.pad if real is None else real, self.K)
         for layer, kv in zip(self.decoder, memory.cache): outputs.append(layer(outputs[-1], keep, kv, memory.mask))
         return self.head(self.decoder_fusion(outputs[1:]))
 
@@ -179,15 +192,16 @@ class ExpansionNet(Captioner):
         """Empty caches, one [B, 0, 4·dim] a layer."""
         return [memory.x.new_zeros(len(memory.x), 0, 4 * self.config.dim) for _ in self.decoder]
 
-    def step(self, memory: Memory, state: list[Tensor], previous: Tensor) -> Step:
-        """Log-probabilities [R, K, V] after `previous` [R, K], from the caches of all words before them."""
+    def step(self, memory: Memory, state: list[Tensor], previous: Tensor, look: bool = False) -> Step:
+        """Log-probabilities [R, K, V] after `previous` [R, K], from the caches of all words before them; maps of the last layer."""
         old, caches = state[0].shape[1], []
-        keep = causal(previous.new_ones(1, old + previous.shape[1], dtype=torch.bool))
+        keep = causal(previous.new_ones(1, old + previous.shape[1], dtype=torch.bool), self.K)
         outputs = [self.words(previous, old)]
         for layer, kv, cache in zip(self.decoder, memory.cache, state):
             y, cache = layer.step(outputs[-1], cache, keep, kv, memory.mask)
             outputs, caches = [*outputs, y], [*caches, cache]
-        return Step(self.head(self.decoder_fusion(outputs[1:])).float().log_softmax(-1), caches)
+        aux = layer.maps(outputs[-2], state[-1], keep, kv, memory.mask) if look else {}
+        return Step(self.head(self.decoder_fusion(outputs[1:])).float().log_softmax(-1), caches, aux)
 
 # %% ../../nbs/models/15_expansionnet.ipynb #init-weights
 def init_weights(module: nn.Module) -> None:
