@@ -11,6 +11,7 @@ import inspect
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
@@ -132,12 +133,18 @@ def build_timm(name: str, hub: bool) -> tuple[nn.Module, dict]:
 
 # %% ../../nbs/models/11_backbone.ipynb #read-weights
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors in a .safetensors or torch file, floats as float32; UserError names the file if there are none."""
+    """The named tensors in a .safetensors or torch file, floats as float32; UserError names the file if there are none.
+
+    Tensors are mapped from the disk where the format allows it: they cost no memory before they are used."""
     path = Path(path)
     if not path.is_file(): raise UserError(f"{path}: no such weights file")
-    try: found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors": found = load_file(path)
+        else: found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # whatever a reader makes of bytes that are no weights
-        raise UserError(f"{path}: not a weights file that can be read safely ({type(error).__name__})") from error
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {asked[1]}" if asked else type(error).__name__
+        raise UserError(f"{path}: not a weights file that can be read safely ({what})") from error
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
