@@ -15,7 +15,8 @@ from PIL import Image
 
 from ..data.batches import Store
 from ..data.images import BadImage, Preprocess, as_rgb
-from .search import Beam, Greedy, Hyps, Rule, decode, words_only
+from .rules import words_only
+from .search import Beam, Greedy, Hyps, Rule, decode
 from ..models.captioner import Captioner
 from ..tools import UserError
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Rule', 'Rows', 'Hyps', 'How', 'Greedy', 'best', 'divisor', 'hopeless', 'diverse', 'Beam', 'check_beam', 'in_turn',
-           'never', 'words_only', 'decode', 'say', 'allowed', 'check', 'gather', 'walk_back', 'pad_last']
+           'decode', 'say', 'allowed', 'check', 'gather', 'walk_back', 'pad_last']
 
 # %% ../../nbs/decode/17_search.ipynb #imports
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -177,16 +177,6 @@ def in_turn(score: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/decode/17_search.ipynb #Rule
 Rule = Callable[[Tensor, Tensor], Tensor]
-
-def never(tokens: Iterable[int]) -> Rule:
-    """A rule that forbids `tokens` (ids): their log-probability becomes -inf."""
-    banned = torch.tensor(sorted(set(tokens)), dtype=torch.long)
-    return lambda prefix, logp: logp.index_fill(-1, banned.to(logp.device), -torch.inf)
-
-# %% ../../nbs/decode/17_search.ipynb #words-only
-def words_only(vocab) -> Rule:
-    """The rule that a caption holds no PAD, SOS or UNK."""
-    return never([vocab.pad, vocab.sos, vocab.unk])
 
 # %% ../../nbs/decode/17_search.ipynb #decode
 @torch.no_grad()
