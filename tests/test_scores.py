@@ -61,8 +61,8 @@ def test_evaluate_puts_every_number_in_its_place():
     items = [Item(str(item["id"]), "", "test", tuple(item["refs_ptb"])) for item in GOLDEN["items"]]
     hyps = {str(item["id"]): item["hyp_ptb"] for item in reversed(GOLDEN["items"])}
     scores = evaluate(hyps, items, tokenizer=str.split)
-    names = {"CIDEr-D": "CIDErD_pycocoevalcap"} | {f"BLEU-{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)}
-    assert list(scores.totals) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr-D"] and scores.notes == ()
+    names = {"CIDEr-D": "CIDErD_pycocoevalcap", "ROUGE-L": "ROUGE_L"} | {f"BLEU-{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)}
+    assert list(scores.totals) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"] and scores.notes == ()
     for ours, theirs in names.items():
         assert_recorded(theirs, scores.totals[ours], np.array([scores.per_image[item.id][ours] for item in items]))
 
