@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_array', 'as_picture', 'show_images', 'show_windows', 'show_matrix', 'show_bars', 'show_histogram', 'show_scored',
-           'show_curves', 'show_captions']
+           'show_curves', 'show_captions', 'show_words']
 
 # %% ../nbs/01_plot.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -145,3 +145,23 @@ def show_captions(images: Sequence, captions: Sequence[str], references: Sequenc
     """Draw each image with the model's caption and, if given, one human reference in quotation marks."""
     titles = [f'{c}\n"{r}"' for c, r in zip(captions, references)] if len(references) else captions
     return show_images(images, titles, columns=columns, size=size, wrap=int(size * 15), suptitle=suptitle)
+
+# %% ../nbs/01_plot.ipynb #show-words
+def show_words(sentences: Mapping[str, Sequence[tuple[str, float]]], title: str = "", size: float = 7.5) -> Figure:
+    """Draw sentences, name -> (word, log-probability) pairs, a line each, every word darker the more probable it was."""
+    letters = max(40, *(sum(len(word) + 1 for word, _ in words) for words in sentences.values()))
+    margin = max(map(len, sentences)) + 1
+    figure, ax = plt.subplots(figsize=(size, 0.45 + 0.32 * len(sentences)), layout="constrained", dpi=60)
+    for row, (name, words) in enumerate(sentences.items()):
+        ax.text(0, -row, name, va="center", fontsize=8)
+        place = margin
+        for word, logp in words:
+            shade, wide = float(np.exp(logp)), len(word) + 1
+            ax.add_patch(plt.Rectangle((place, -row - 0.4), wide - 0.2, 0.8, color=plt.get_cmap("Blues")(0.75 * shade)))
+            ax.text(place + wide / 2 - 0.1, -row, word, ha="center", va="center", fontsize=8)
+            place += wide
+    ax.set(xlim=(0, margin + letters), ylim=(0.5 - len(sentences), 0.5))
+    ax.axis("off")
+    ax.set_title(title, fontsize=9)
+    plt.close(figure)
+    return figure

@@ -5,7 +5,7 @@ is never replaced by darkness."""
 
 # %% auto #0
 __all__ = ['TURNS', 'FORMATS', 'MAX_PIXELS', 'FILTERS', 'BadImage', 'over_white', 'to_8_bits', 'turn_of', 'as_rgb',
-           'open_checked', 'read_image', 'Preprocess', 'preprocess_from', 'list_images']
+           'open_checked', 'black_unless_rgb', 'read_image', 'Preprocess', 'preprocess_from', 'list_images']
 
 # %% ../../nbs/data/05_images.ipynb #imports
 from dataclasses import asdict, dataclass, fields
@@ -81,6 +81,10 @@ def open_checked(file, path: str | Path) -> Image.Image:
     return image
 
 # %% ../../nbs/data/05_images.ipynb #read-image
+def black_unless_rgb(image: Image.Image) -> Image.Image:
+    """What the published ExpansionNet v2 code sees: `image` as it is if its mode is RGB, else a black one of its size."""
+    return image if image.mode == "RGB" else Image.new("RGB", image.size)
+
 def read_image(path: str | Path, as_original: bool = False) -> Image.Image:
     """The picture stored in `path` as upright RGB, transparency over white; BadImage says why if there is none.
 
@@ -95,8 +99,7 @@ def read_image(path: str | Path, as_original: bool = False) -> Image.Image:
         with open(path, "rb") as file:
             image = open_checked(file, path)
             image.load()
-            if as_original: return image if image.mode == "RGB" else Image.new("RGB", image.size)
-            return as_rgb(image)
+            return black_unless_rgb(image) if as_original else as_rgb(image)
     except BadImage: raise
     except UnidentifiedImageError as error: raise BadImage(path, "not a picture in a known format") from error
     except Image.DecompressionBombError as error: raise BadImage(path, "claims to have too many pixels") from error
