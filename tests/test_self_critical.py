@@ -1,0 +1,98 @@
+"""Self-critical learning: recorded values, both ways of sampling, words a step."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expnet.data.captions import Vocab
+from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
+from expnet.score.reward import spoken
+from expnet.tools import seed_all
+from expnet.train.self_critical import advantage, log_policy, policy_gradient, say, say_coupled, score_words, self_critical
+
+GOLDEN = Path(__file__).parent / "golden"
+VOCAB = Vocab(["EOS", "PAD", "SOS", "UNK", *(f"w{i}" for i in range(12))])
+
+
+class Length:
+    "A reward that needs no references: the number of words before EOS."
+    signature = "length"
+    def __call__(self, ids, tokens): return (spoken(tokens, VOCAB).sum(-1)).numpy().astype(float)
+
+
+def net(K: int = 1, dropout: float = 0.0) -> ExpansionNet:
+    seed_all(1)
+    config = ExpansionNetConfig(6, 32, 2, 64, 1, 2, (4, 8), 4, max_len=13, dropout=dropout, K=K)
+    model = ExpansionNet(config, VOCAB)
+    model.head.weight.data *= 3
+    return model
+
+
+def test_baseline_and_loss_of_the_published_code():
+    wanted = json.loads((GOLDEN / "reference_a.json").read_text())["reward"]
+    rewards = torch.tensor(wanted["reward"], dtype=torch.float64)
+    better = advantage(rewards)
+    assert (rewards - better - torch.tensor(wanted["baseline"], dtype=torch.float64)).abs().max() < 1e-9
+    logp = torch.tensor(wanted["logp"])                                                       # recorded without zeros behind the end
+    loss = policy_gradient(logp, torch.ones_like(logp, dtype=torch.bool), better)
+    assert abs(loss.item() - wanted["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_words_behind_the_end_get_no_gradient(K, coupled):
+    model = net(K)
+    model.head.weight.data /= 3
+    model.head.bias.data[VOCAB.eos] += 1                                                      # so that most samples end early
+    memory = model.encode(torch.randn(3, 4, 6))
+    if coupled: tokens, every = say_coupled(model, memory, 4, 9)
+    else:
+        tokens = say(model, memory, 4, 9)
+        every = score_words(model, memory, tokens)
+    every.retain_grad()
+    said = spoken(tokens, VOCAB)
+    assert said.any() and not said.all() and (tokens[~said] == VOCAB.pad).all() and tokens.shape[-1] <= 9
+    policy_gradient(every.gather(-1, tokens[..., None])[..., 0], said, advantage(torch.rand(3, 4))).backward()
+    assert (every.grad[~said] == 0).all() and (every.grad[said].abs().sum(-1) > 0).all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_both_ways_give_the_same_probabilities_without_dropout(K):
+    model = net(K).eval()
+    memory = model.encode(torch.randn(3, 4, 6))
+    tokens, every = say_coupled(model, memory, 4, 9)
+    said, again = spoken(tokens, VOCAB), score_words(model, memory, tokens)
+    assert (every[said].exp() - again[said].exp()).abs().max() < 1e-5
+    assert (every[said].exp().sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_samples_follow_the_policy():
+    "First words of many samples against the probabilities that are learned: chi-square."
+    model = net().eval()
+    with torch.no_grad():
+        memory = model.encode(torch.randn(1, 4, 6))
+        p = log_policy(model(memory, torch.full((1, 1), VOCAB.sos)), VOCAB).exp()[0, 0]
+        seed_all(5)
+        for first in (say(model, memory, 4000, 1), say_coupled(model, memory, 4000, 1)[0]):
+            expected = 4000 * p[p > 0]
+            seen = torch.bincount(first.flatten(), minlength=len(VOCAB))[p > 0]
+            assert float(((seen - expected) ** 2 / expected).sum()) < 40                       # 13 degrees of freedom: above with p < 0.001
+
+
+@pytest.mark.parametrize("options", [{}, {"baseline": "greedy"}, {"baseline": "batch_mean"}, {"bonus": 0.01}, {"per": "word"}, {"coupled": True},
+                                     {"temperature": 0.7}, {"baseline": lambda memory, tokens, rewards: torch.zeros(tokens.shape)}])
+def test_a_reward_for_length_makes_sentences_longer(options):
+    model = net(dropout=0.1)
+    model.head.bias.data[VOCAB.eos] += 3
+    x, ids = torch.randn(4, 4, 6), list("abcd")
+    optimiser, lengths = torch.optim.Adam(model.parameters(), 1e-3), []
+    for _ in range(20):
+        learnt = self_critical(model, model.encode(x), ids, Length(), max_len=8, **options)
+        optimiser.zero_grad(); learnt.loss.backward(); optimiser.step()
+        lengths.append(float(learnt.rewards.mean()))
+    assert learnt.logp.shape == learnt.tokens.shape and not learnt.logp.requires_grad and learnt.rewards.shape == (4, 5)
+    assert lengths[0] < 6.5 and np.mean(lengths[-5:]) > 7.5
+    assert model.training and all(m.training for m in model.modules())
