@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from .app import Counting, Device, Folder, ModelFolder, app, console, gallery
+from ..decode.search import Beam
 from ..tools import pick_device, write_json
 from ..train.checkpoints import load
 from ..train.recipes import evaluate_split, open_data
@@ -27,7 +28,7 @@ def evaluate(model: ModelFolder, folder: Folder, split: str = "test",
     data, _ = open_data(folder)
     if data.left_out: console.print(f"{data.left_out} pictures have no features and are left out")
     net = load(model, pick_device(device))
-    with Counting("captions") as watch: said, scores = evaluate_split(net, data, split, beam, limit, watch)
+    with Counting("captions") as watch: said, scores = evaluate_split(net, data, split, Beam(beam), limit, watch)
     console.print(str(scores))
     if not out: return
     scores.save(out / "scores.json")

@@ -17,7 +17,7 @@ from ..data.captions import Item, Vocab, coverage, karpathy, load_items, of_spli
 from ..data.features import FeatureStore, Report, write_features
 from ..data.shapes import write_world
 from ..decode.caption import Captioned, caption_stored
-from ..decode.search import Beam
+from ..decode.search import Beam, How
 from ..models.backbone import Backbone, from_spec, read_weights
 from ..models.captioner import Captioner
 from ..models.expansionnet import ExpansionNet, ExpansionNetConfig
@@ -99,17 +99,19 @@ def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "cpu",
     return fit(ExpansionNet(config, data.vocab, backbone).to(device), data, how.phase, out, watch)
 
 # %% ../../nbs/train/36_recipes.ipynb #evaluate-split
-def evaluate_split(model: Captioner, data: Data, split: str = "test", beam: int = 3, limit: int | None = None,
-                   watch: Callable[[int, int], None] | None = None) -> tuple[list[Captioned], Scores]:
-    """Captions of the pictures of `split` (the first `limit`) by beam search, and their scores. UserError for other features."""
+def evaluate_split(model: Captioner, data: Data, split: str = "test", how: How = Beam(3), limit: int | None = None,
+                   watch: Callable[[int, int], None] | None = None, **scoring) -> tuple[list[Captioned], Scores]:
+    """Captions of the pictures of `split` (the first `limit`), and the scores of the first one each; `scoring`: options of evaluate.
+
+    UserError if the model reads other features than the data has."""
     own, theirs = model.backbone.spec if model.backbone is not None else None, data.store.spec
     if data.store.dim != model.config.features or own and theirs and own != theirs:
         names = [spec["name"] if spec else "unknown" for spec in (own, theirs)]
         sizes = model.config.features, data.store.dim
         raise UserError(f"the model reads {sizes[0]} numbers a region of {names[0]}, the data has {sizes[1]} of {names[1]}")
     items = data.of(split)[:limit]
-    said = caption_stored(model, data.store, [item.id for item in items], Beam(beam), watch=watch)
-    return said, evaluate({c.name: c.captions[0] for c in said}, items)
+    said = caption_stored(model, data.store, [item.id for item in items], how, watch=watch)
+    return said, evaluate({c.name: c.captions[0] for c in said}, items, **scoring)
 
 # %% ../../nbs/train/36_recipes.ipynb #prepare-world
 def prepare_world(folder: str | Path, n_train: int = 6000, n_val: int = 200, n_test: int = 500, n_pairs: int = 200,
