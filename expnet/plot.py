@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_array', 'as_picture', 'show_images', 'show_windows', 'show_matrix', 'show_bars', 'show_histogram', 'show_scored',
-           'show_curves', 'show_captions', 'show_words']
+           'show_curves', 'show_tree', 'show_captions', 'show_words']
 
 # %% ../nbs/01_plot.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -135,6 +135,27 @@ def show_curves(curves: Mapping[str, Sequence[float] | tuple[Sequence[float], Se
     ax.tick_params(labelsize=8)
     ax.set_xlabel(xlabel, fontsize=9)
     ax.set_ylabel(ylabel, fontsize=9)
+    ax.set_title(title, fontsize=9)
+    plt.close(figure)
+    return figure
+
+# %% ../nbs/01_plot.ipynb #show-tree
+def show_tree(values: Mapping[tuple[str, ...], float], best: Sequence[str] = (), title: str = "", digits: int = 2,
+              size: tuple[float, float] = (6, 2.2)) -> Figure:
+    """Draw beginnings of sentences (tuples of words -> value) as a tree that grows to the right; the path `best` is dark."""
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    place, best = {(): 0.0}, tuple(best)
+    for depth in range(1, max(map(len, values), default=0) + 1):
+        level = sorted((p for p in values if len(p) == depth), key=lambda p: (-place.get(p[:-1], 0), -values[p]))
+        place |= {path: (len(level) - 1) / 2 - row for row, path in enumerate(level)}
+    for path, value in sorted(values.items(), key=lambda item: item[0] == best[:len(item[0])]):    # the best path on top
+        ink, parent = "black" if path == best[:len(path)] else "#9aa5b1", path[:-1]
+        ax.plot([len(parent) + 0.25, len(path) - 0.25], [place.get(parent, 0), place[path]], color=ink, linewidth=1)
+        ax.text(len(path), place[path], f"{path[-1]}\n{value:.{digits}f}", ha="center", va="center", fontsize=8, color=ink)
+    ax.text(0, 0, "start", ha="center", va="center", fontsize=8)
+    ax.set_xlim(-0.4, max(map(len, values), default=0) + 0.4)
+    ax.margins(y=0.3)
+    ax.axis("off")
     ax.set_title(title, fontsize=9)
     plt.close(figure)
     return figure
