@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from ..data.captions import Vocab
 from ..models.backbone import from_spec
 from ..models.captioner import Captioner
-from ..tools import UserError, read_json, whole_file, write_json
+from ..tools import Undrawn, UserError, read_json, whole_file, write_json
 
 # %% ../../nbs/train/34_checkpoints.ipynb #MODELS
 MODELS = {"ExpansionNet": "expnet.models.expansionnet:ExpansionNetConfig:ExpansionNet"}
@@ -48,11 +48,17 @@ def save_model(folder: str | Path, model: Captioner, with_backbone: bool = True)
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Store named tensors as safetensors in `path`, completely or not at all."""
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with whole_file(path) as aside: aside.write_bytes(save(whole))   # save_file would hide the file from other users
+    with whole_file(path) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode
+        save_file(whole, aside)
+        aside.chmod(mode)                                                 # save_file would hide the file from other users
 
 # %% ../../nbs/train/34_checkpoints.ipynb #load
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Captioner:
-    """The captioner stored in `folder`, in evaluation mode; UserError names the file or field that is missing or wrong."""
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Captioner:
+    """The captioner stored in `folder`, in evaluation mode; UserError names the file or field that is missing or wrong.
+
+    dtype: the precision of its weights (None: float32). On a CPU the weights stay on the disk until they are used."""
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f"{folder}: no such model folder")
     config, vocab, where = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json"), folder / "config.json"
@@ -63,23 +69,27 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Captioner:
     make_config, make_model = kind_of(config["kind"], str(where))
     try: sizes = make_config(**config["config"])
     except TypeError as error: raise UserError(f"{where}: field 'config': {error}") from error
-    model = make_model(sizes, vocab, from_spec(config["backbone"]) if config["backbone"] else None)
-    if model.backbone is not None: fill(model.backbone, folder / "backbone.safetensors")
-    fill(model, folder / "model.safetensors", skip="backbone.")
-    return model.to(device).eval()
+    with Undrawn(): model = make_model(sizes, vocab, from_spec(config["backbone"]) if config["backbone"] else None)
+    if model.backbone is not None: fill(model.backbone, folder / "backbone.safetensors", dtype=dtype)
+    fill(model, folder / "model.safetensors", skip="backbone.", dtype=dtype)
+    return model.to(device, dtype).eval()
 
 # %% ../../nbs/train/34_checkpoints.ipynb #fill
-def fill(module: torch.nn.Module, path: Path, skip: str = "\0") -> None:
+def fill(module: torch.nn.Module, path: Path, skip: str = "\0", dtype: torch.dtype | None = None) -> None:
     """Set all weights of `module` from `path` (names that start with `skip` excepted); UserError names what does not fit."""
     try: stored = load_file(path)
     except FileNotFoundError as error: raise UserError(f"{path}: no such file") from error
     except Exception as error: raise UserError(f"{path}: not a safetensors file ({error})") from error
-    own = {name: w.shape for name, w in module.state_dict().items() if not name.startswith(skip)}
+    own = {name: w for name, w in module.state_dict().items() if not name.startswith(skip)}
     wrong = [f"{n} (missing)" for n in own if n not in stored] + [f"{n} (unexpected)" for n in stored if n not in own]
     both = [name for name in own if name in stored]
-    wrong += [f"{n} (shape {list(stored[n].shape)}, not {list(own[n])})" for n in both if stored[n].shape != own[n]]
+    wrong += [f"{n} (shape {list(stored[n].shape)}, not {list(own[n].shape)})" for n in both if stored[n].shape != own[n].shape]
     if wrong: raise UserError(f"{path}: {len(wrong)} tensors do not fit: {', '.join(wrong[:5])}")
-    module.load_state_dict(stored, strict=False)
+    for name, w in own.items():
+        kind = dtype if dtype and w.is_floating_point() else w.dtype
+        x = stored[name].to(kind)
+        stored[name] = x if w.is_contiguous() else torch.empty_like(w, dtype=kind).copy_(x)   # keep the layout of convolutions
+    module.load_state_dict(stored, strict=False, assign=True)
 
 # %% ../../nbs/train/34_checkpoints.ipynb #random-state
 def random_state() -> dict[str, Any]:
