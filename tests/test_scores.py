@@ -1,6 +1,7 @@
 """Caption scores: recorded values of the COCO tools, and properties that hold for any caption."""
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from expnet.data.captions import Item
 from expnet.score.cider import CiderD, DocumentFrequency
 from expnet.score.evaluate import Scores, evaluate
 from expnet.score.rouge import rouge_l
+from expnet.score.tokens import ptb_tokenize
 from expnet.tools import UserError
 
-# pycocoevalcap 1.2 (BLEU, CIDEr-D) and ruotianluo/cider (plain CIDEr, training document frequencies) on 200 sets of captions
+# pycocoevalcap 1.2 (BLEU, ROUGE-L, CIDEr-D) and ruotianluo/cider (plain CIDEr, training document frequencies) on 200 sets of captions
 GOLDEN = json.loads((Path(__file__).parent/"golden"/"golden200.json").read_text(encoding="utf-8"))
 HYPS = [item["hyp_ptb"].split() for item in GOLDEN["items"]]
 REFS = [[ref.split() for ref in item["refs_ptb"]] for item in GOLDEN["items"]]
@@ -43,6 +45,11 @@ def test_lower_orders_do_not_depend_on_n():
 
 def test_ciderd_equals_the_coco_tools():
     assert_recorded("CIDErD_pycocoevalcap", *CiderD().score(HYPS, REFS))
+
+
+def test_the_tokens_of_the_golden_captions():
+    assert [ptb_tokenize(item["hyp"]) for item in GOLDEN["items"]] == HYPS
+    assert [[ptb_tokenize(ref) for ref in item["refs"]] for item in GOLDEN["items"]] == REFS
 
 
 def test_rouge_equals_the_coco_tools():
@@ -129,6 +136,8 @@ def test_scores_are_defined_and_bounded(corpus):
         scores = CiderD(plain=plain).score(hyps, refs)[1]
         assert np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 10 + 1e-9).all()
         assert all(score == 0 for score, hyp in zip(scores, hyps) if not hyp)
+    overlap = rouge_l(hyps, refs)[1]
+    assert (overlap >= 0).all() and (overlap <= 1 + 1e-12).all() and all(x == 0 for x, hyp in zip(overlap, hyps) if not hyp)
     assert (each[[not hyp for hyp in hyps]] < 1e-300).all()
 
 
@@ -138,7 +147,10 @@ def test_the_order_of_references_does_not_matter(corpus, random):
     hyps, refs = [hyp for hyp, _ in corpus], [group for _, group in corpus]
     mixed = [random.sample(group, len(group)) for group in refs]
     assert np.array_equal(bleu(hyps, refs)[1], bleu(hyps, mixed)[1])
-    np.testing.assert_allclose(CiderD().score(hyps, refs)[1], CiderD().score(hyps, mixed)[1], rtol=0, atol=1e-12)
+    assert np.array_equal(rouge_l(hyps, refs)[1], rouge_l(hyps, mixed)[1])
+    for plain in (False, True):
+        cider = CiderD(plain=plain).score
+        np.testing.assert_allclose(cider(hyps, refs)[1], cider(hyps, mixed)[1], rtol=0, atol=1e-12)
 
 
 @few
@@ -147,7 +159,8 @@ def test_a_caption_equal_to_its_reference_scores_the_maximum(caption):
     other = ["\0"] * 4  # a second image, of which nothing is shared: every n-gram of the first is rare
     hyps, refs = [caption, other], [[caption], [other]]
     np.testing.assert_allclose(bleu(hyps, refs)[1], 1, atol=1e-7)
-    np.testing.assert_allclose(CiderD().score(hyps, refs)[1], 10, atol=1e-9)
+    np.testing.assert_allclose(rouge_l(hyps, refs)[1], 1, atol=1e-12)
+    for plain in (False, True): np.testing.assert_allclose(CiderD(plain=plain).score(hyps, refs)[1], 10, atol=1e-9)
 
 
 @few
@@ -155,3 +168,38 @@ def test_a_caption_equal_to_its_reference_scores_the_maximum(caption):
 def test_ciderd_never_exceeds_plain_cider(hyp, group):
     hyps, refs = [hyp, ["a", "boat"]], [group, [["a", "boat"]]]
     assert CiderD().score(hyps, refs)[1][0] <= CiderD(plain=True).score(hyps, refs)[1][0] + 1e-12
+
+
+# --- side by side with pycocoevalcap, where it is installed
+
+full = st.lists(st.one_of(st.sampled_from("a red disc on grass".split()), words), min_size=1, max_size=8)  # no empty captions: see the quirk of ROUGE-L
+
+
+@few
+@given(st.lists(st.tuples(full, st.lists(full, min_size=1, max_size=4)), min_size=1, max_size=5))
+def test_scores_equal_pycocoevalcap_on_any_captions(corpus):
+    scorers = [pytest.importorskip(f"pycocoevalcap.{name}.{name}") for name in ("bleu", "rouge", "cider")]
+    hyps, refs = [hyp for hyp, _ in corpus], [group for _, group in corpus]
+    res = {k: [" ".join(hyp)] for k, hyp in enumerate(hyps)}
+    gts = {k: [" ".join(ref) for ref in group] for k, group in enumerate(refs)}
+    theirs = scorers[0].Bleu(4).compute_score(gts, res, verbose=0), scorers[1].Rouge().compute_score(gts, res), scorers[2].Cider().compute_score(gts, res)
+    ours = bleu(hyps, refs), rouge_l(hyps, refs), CiderD().score(hyps, refs)
+    for (total, each), (their_total, their_each) in zip(ours, theirs):
+        np.testing.assert_allclose(total, their_total, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(each.T, their_each, rtol=0, atol=1e-9)
+
+
+# --- what it costs
+
+def test_scores_of_5000_captions_take_at_most_five_cpu_seconds(capsys):
+    raws = [text for item in GOLDEN["items"] for text in (item["hyp"], *item["refs"])]  # 30,000 captions: every one once, then shuffled words
+    shuffle = np.random.default_rng(0).permuted
+    texts = [" ".join(shuffle(raws[k % len(raws)].split(" "))) if k >= len(raws) else raws[k] for k in range(30_000)]
+    seconds, started = {}, time.process_time()
+    tokens = [ptb_tokenize(text) for text in texts]
+    hyps, refs = tokens[:5000], [tokens[k:k + 5] for k in range(5000, 30_000, 5)]
+    for name, metric in {"tokens": None, "BLEU": bleu, "ROUGE-L": rouge_l, "CIDEr-D": CiderD().score}.items():
+        if metric: metric(hyps, refs)
+        seconds[name], started = time.process_time() - started, time.process_time()
+    with capsys.disabled(): print({name: round(value, 2) for name, value in seconds.items()}, round(sum(seconds.values()), 2))
+    assert sum(seconds.values()) < 5

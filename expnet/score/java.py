@@ -94,7 +94,7 @@ class Conversation:
         try:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-            while len(found) < answers and (answer := self.process.stdout.readline()): found.append(answer.strip())
+            while len(found) < answers and (answer := self.process.stdout.readline()).endswith("\n"): found.append(answer.strip())
         except OSError: pass  # it died while we wrote; the message below says what is known
         finally: clock.cancel()
         if len(found) == answers: return found
@@ -169,7 +169,8 @@ PARSER = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 def spice_missing(folder: Path | None = None) -> str:
     """Why SPICE cannot run here, in one sentence; "" if it can. `folder`: of spice-1.0.jar, None: pycocoevalcap's."""
-    if why := java_missing(SPICE if folder is None else ""): return why
+    if folder is None or find_java() is None:
+        if why := java_missing(SPICE): return why
     lib = (folder or coco_tools() / "spice") / "lib"
     if absent := [name for name in PARSER if not (lib / name).exists()]:
         return f"put {' and '.join(absent)} (from stanford-corenlp-full-2015-12-09.zip, nlp.stanford.edu/software) into {lib}"
