@@ -18,6 +18,7 @@ from ..data.shape_language import scene_exact, scene_f1
 from .bleu import bleu, closest, matches
 from .cider import CiderD, DocumentFrequency
 from .diversity import distinct, ends_badly, equal_sizes, is_novel, mutual_bleu, repeats, self_cider, vocabulary
+from .java import meteor, spice
 from .rouge import rouge_l
 from .tokens import ptb_tokenize
 from ..tools import UserError, read_json, write_json
@@ -45,7 +46,7 @@ def novelty(training: Sequence[Sequence[str]]) -> Metric:
     return metric
 
 # %% ../../nbs/score/29_evaluate.ipynb #pick
-MORE: dict[str, Metric] = {"CIDEr": CiderD(plain=True).score, **HABITS}       # on request; the rest is the default
+MORE: dict[str, Metric] = {"CIDEr": CiderD(plain=True).score, "METEOR": meteor, "SPICE": spice, **HABITS}     # on request
 
 def pick(names: Sequence[str]) -> dict[str, Metric]:
     """The metrics called `names`, upper or lower case; "default" and "habits" name several. UserError lists the known."""
