@@ -139,6 +139,6 @@ if __name__ == "__main__":
 
     with torch.no_grad():
         took = times({"timm": lambda: theirs.forward_features(x), "ours": lambda: ours(x), "ours, torch's linear": plain,
-                      "ours, bfloat16": lambda: half(x)}, repeats=5)
+                      "ours, bfloat16": lambda: half(x.bfloat16())}, repeats=5)
     for name, seconds in took.items(): print(f"{name:22} {seconds:.2f} CPU-s   {seconds / took['timm']:.2f} of timm")
     print(f"float32 / bfloat16: {took['ours'] / took['ours, bfloat16']:.2f}; largest difference to timm: {difference(ours, theirs, 1, 384):.1e}")

@@ -21,9 +21,9 @@ def has_onednn() -> bool:
 # %% ../../nbs/models/12_linear.ipynb #takes-onednn
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN may multiply `x` and `weight`: on a CPU, both of one float type, no gradient wanted, nothing recorded."""
-    if x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel() or not has_onednn(): return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad): return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"): return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad): return False
+    if x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel() or not has_onednn(): return False
     known = x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return known and torch.backends.mkldnn.enabled
 
