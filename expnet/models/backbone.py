@@ -70,10 +70,10 @@ def parts(trunk: nn.Module) -> list[nn.Module]:
     if len(found) == 1: return parts(found[0])
     for i, child in enumerate(found):
         main = count_parameters(child) > 0.75 * count_parameters(trunk) and isinstance(child, nn.Sequential | nn.ModuleList)
-        if main and len(child) > len(found): return [*found[:i], *child, *found[i + 1:]]
+        if main and len(child) >= len(found) - 1: return [*found[:i], *child, *found[i + 1:]]
     return found
 
-# %% ../../nbs/models/11_backbone.ipynb #db89713a
+# %% ../../nbs/models/11_backbone.ipynb #806a382d
 class Backbone(nn.Module):
     """Pictures [B, 3, size, size] -> regions [B, N, dim]; `prepare` is the preprocessing that goes with its weights."""
     def __init__(self, trunk: nn.Module, name: str, prepare: Preprocess, options: dict[str, Any], dim_last: bool = False,
@@ -187,7 +187,7 @@ def create_timm(name: str, hub: bool, **options) -> nn.Module:
     except (RuntimeError, TypeError) as error: raise UserError(f"backbone timm/{name}: {error}") from error
     except OSError as error: raise UserError(f"backbone timm/{name}: its weights cannot be fetched: {error}") from error
 
-# %% ../../nbs/models/11_backbone.ipynb #73a778ea
+# %% ../../nbs/models/11_backbone.ipynb #4de10de0
 def build_timm(name: str, hub: bool, size: int | None, drop_path: float) -> Net:
     """A timm network by name, with weights from its hub if `hub`; some kinds are rebuilt for another `size`, others take any."""
     from timm.data import resolve_model_data_config
