@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .captioner import Past
 from .dropout import Dropout
 from .static_expansion import FusedLinear, normalise
 
@@ -49,14 +50,14 @@ class DynamicExpansion(nn.Module):
         back = (z.permute(0, 3, 1, 2) * keep[..., None]).flatten(2)                       # (batch, words, vectors)
         return self.dropout(normalise(back) @ filled.flatten(1, 2))
 
-    def step(self, x: Tensor, cache: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest words' rows: x [B, new, D], cache [B, old, 4D], keep [1 or B, L, L] -> [B, new, D] and cache [B, L, 4D]."""
+    def step(self, x: Tensor, past: Past, keep: Tensor) -> tuple[Tensor, Past]:
+        """The newest words' rows: x [R, new, D], past [old, R, 4D], keep [1 or R, L, L] -> [R, new, D] and past [L, R, 4D]."""
         remembered, selector = self.project(x).split((4 * x.shape[-1], x.shape[-1]), -1)
-        cache = torch.cat([cache, remembered], 1)
-        cond, key, a, b = cache.chunk(4, -1)
+        past = past.append(remembered)
+        cond, key, a, b = past.kept.transpose(0, 1).chunk(4, -1)
         z, gate = self.scores(cond, key), torch.sigmoid(selector)
         positive, negative = (self.newest(F.relu(s), v, cond, keep, x.shape[1]) for s, v in ((z, a), (-z, b)))
-        return gate * positive + (1 - gate) * negative, cache
+        return gate * positive + (1 - gate) * negative, past
 
     def newest(self, z: Tensor, values: Tensor, cond: Tensor, keep: Tensor, new: int) -> Tensor:
         """`path` for the last `new` words without building a single expansion vector (no dropout)."""
@@ -67,11 +68,11 @@ class DynamicExpansion(nn.Module):
         return mixed @ values + weight.sum(3) @ cond + weight.sum(2) @ self.bias
 
 # %% ../../nbs/models/14_dynamic_expansion.ipynb #shares
-def shares(block: DynamicExpansion, x: Tensor, cache: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def shares(block: DynamicExpansion, x: Tensor, past: Past, keep: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of `block.step` with the same arguments are made of: shares of the expansion vectors [B, new, E] and of the
     words' values [B, new, L]. They sum to 1, or to less if a word has no likes or no dislikes."""
     remembered, selector = block.project(x).split((4 * x.shape[-1], x.shape[-1]), -1)
-    cond, key, _, _ = torch.cat([cache, remembered], 1).chunk(4, -1)
+    cond, key, _, _ = past.append(remembered).kept.transpose(0, 1).chunk(4, -1)
     z, gate = block.scores(cond, key), torch.sigmoid(selector).mean(-1, keepdim=True)
     expansion = words = 0
     for s, part in ((F.relu(z), gate), (F.relu(-z), 1 - gate)):

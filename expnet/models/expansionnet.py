@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .captioner import Captioner, Memory, Step
+from .captioner import Captioner, Memory, Past, Step
 from .dropout import Dropout
 from .dynamic_expansion import DynamicExpansion, causal, shares
 from .static_expansion import StaticExpansion
@@ -71,17 +71,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, y: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """Words y [R, T, D] look at the regions of picture r // (R / B), where mask [B, N] is True -> [R, T, D]."""
-        keys, values = keys_values
-        folded = self.query(y).reshape(len(keys), -1, y.shape[-1])                    # (batch, rows·words, dim)
-        seen = F.scaled_dot_product_attention(self.split(folded), keys, values, attn_mask=mask[:, None, None])
+        seen = self.weights(y, keys_values[0], mask) @ keys_values[1]
         return self.out(seen.transpose(1, 2).flatten(2).view_as(y))
 
-    def maps(self, y: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """How words y [R, T, D] divide their attention among the regions [R, T, N], as a mean over the heads."""
-        keys, _ = keys_values
+    def weights(self, y: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """How words y [R, T, D] divide their attention: [B, heads, rows·words, N]; a picture without regions gets equal shares."""
         query = self.split(self.query(y).reshape(len(keys), -1, y.shape[-1]))
-        scores = (query @ keys.transpose(-1, -2) / sqrt(keys.shape[-1])).masked_fill(~mask[:, None, None], -torch.inf)
-        return scores.softmax(-1).mean(1).view(*y.shape[:2], -1)
+        scores = query @ keys.transpose(-1, -2) / sqrt(keys.shape[-1])
+        return scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min).softmax(-1)
 
 # %% ../../nbs/models/15_expansionnet.ipynb #FeedForward
 class FeedForward(nn.Sequential):
@@ -116,22 +113,22 @@ class DecoderLayer(nn.Module):
         """All words y [R, T, D] at once, with keep [R, T, T] -> [R, T, D]."""
         return self.look(y + self.dropout(self.dynamic(self.norm1(y), keep)), keys_values, mask)
 
-    def step(self, y: Tensor, cache: Tensor, keep: Tensor, keys_values: tuple[Tensor, Tensor],
-             mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest words y [R, K, D] and the cache of the older ones -> their rows [R, K, D] and the longer cache."""
-        mixed, cache = self.dynamic.step(self.norm1(y), cache, keep)
-        return self.look(y + mixed, keys_values, mask), cache
+    def step(self, y: Tensor, past: Past, keep: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Past]:
+        """The newest words y [R, K, D] and the past of the older ones -> their rows [R, K, D] and the longer past."""
+        mixed, past = self.dynamic.step(self.norm1(y), past, keep)
+        return self.look(y + mixed, keys_values, mask), past
 
     def look(self, y: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """Cross-attention and feed-forward, which treat every word by itself."""
         y = y + self.dropout(self.cross(self.norm2(y), keys_values, mask))
         return y + self.dropout(self.feed_forward(self.norm3(y)))
 
-    def maps(self, y: Tensor, cache: Tensor, keep: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    def maps(self, y: Tensor, past: Past, keep: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """What `step` with the same arguments looks at: attention [R, K, N], expansion [R, K, E], words [R, K, L]."""
-        expansion, words = shares(self.dynamic, self.norm1(y), cache, keep)
-        y = y + self.dynamic.step(self.norm1(y), cache, keep)[0]
-        return {"attention": self.cross.maps(self.norm2(y), keys_values, mask), "expansion": expansion, "words": words}
+        expansion, words = shares(self.dynamic, self.norm1(y), past, keep)
+        y = y + self.dynamic.step(self.norm1(y), past, keep)[0]
+        attention = self.cross.weights(self.norm2(y), keys_values[0], mask).mean(1).view(*y.shape[:2], -1)
+        return {"attention": attention, "expansion": expansion, "words": words}
 
 # %% ../../nbs/models/15_expansionnet.ipynb #Fusion
 class Fusion(nn.Module):
@@ -188,20 +185,20 @@ class ExpansionNet(Captioner):
         for layer, kv in zip(self.decoder, memory.cache): outputs.append(layer(outputs[-1], keep, kv, memory.mask))
         return self.head(self.decoder_fusion(outputs[1:]))
 
-    def start(self, memory: Memory) -> list[Tensor]:
-        """Empty caches, one [B, 0, 4·dim] a layer."""
-        return [memory.x.new_zeros(len(memory.x), 0, 4 * self.config.dim) for _ in self.decoder]
+    def start(self, memory: Memory) -> list[Past]:
+        """An empty past [0, B, 4·dim] for every layer."""
+        return [Past(memory.x.new_zeros(0, len(memory.x), 4 * self.config.dim)) for _ in self.decoder]
 
-    def step(self, memory: Memory, state: list[Tensor], previous: Tensor, look: bool = False) -> Step:
-        """Log-probabilities [R, K, V] after `previous` [R, K], from the caches of all words before them; maps of the last layer."""
-        old, caches = state[0].shape[1], []
+    def step(self, memory: Memory, state: list[Past], previous: Tensor, look: bool = False) -> Step:
+        """Log-probabilities [R, K, V] after `previous` [R, K], from the pasts of all words before them; maps of the last layer."""
+        old, pasts = len(state[0]), []
         keep = causal(previous.new_ones(1, old + previous.shape[1], dtype=torch.bool), self.K)
         outputs = [self.words(previous, old)]
-        for layer, kv, cache in zip(self.decoder, memory.cache, state):
-            y, cache = layer.step(outputs[-1], cache, keep, kv, memory.mask)
-            outputs, caches = [*outputs, y], [*caches, cache]
-        aux = layer.maps(outputs[-2], state[-1], keep, kv, memory.mask) if look else {}
-        return Step(self.head(self.decoder_fusion(outputs[1:])).float().log_softmax(-1), caches, aux)
+        for layer, kv, past in zip(self.decoder, memory.cache, state):
+            y, longer = layer.step(outputs[-1], past, keep, kv, memory.mask)
+            outputs, pasts = [*outputs, y], [*pasts, longer]
+        aux = layer.maps(outputs[-2], past, keep, kv, memory.mask) if look else {}
+        return Step(self.head(self.decoder_fusion(outputs[1:])).float().log_softmax(-1), pasts, aux)
 
 # %% ../../nbs/models/15_expansionnet.ipynb #init-weights
 def init_weights(module: nn.Module) -> None:

@@ -18,9 +18,8 @@ from .dropout import Dropout
 # %% ../../nbs/models/13_static_expansion.ipynb #normalise
 def normalise(scores: Tensor, eps: float = 1e-9) -> Tensor:
     """Non-negative `scores` [..., n] divided by their last-axis sums; rows of zeros stay zero. Half precision sums in float32."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    total = scores.sum(-1, keepdim=True, dtype=wide) + eps
-    return (scores / total).to(scores.dtype)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return (wide / wide.sum(-1, keepdim=True).clamp(min=eps)).to(scores.dtype)
 
 # %% ../../nbs/models/13_static_expansion.ipynb #FusedLinear
 class FusedLinear(nn.Linear):
@@ -47,13 +46,22 @@ class StaticExpansion(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Regions x [B, N, D] with mask [B, N] (True = real) -> [B, N, D]; rows of padded regions are meaningless."""
         key, a, b, selector = self.project(x).chunk(4, -1)
-        z = self.dropout(self.query @ key.transpose(1, 2) / sqrt(x.shape[-1]))        # (batch, vectors, regions)
-        z = z * mask[:, None]
-        gate = torch.sigmoid(selector)
-        return gate * self.path(F.relu(z), a) + (1 - gate) * self.path(F.relu(-z), b)
+        key = key * mask[..., None].to(key.dtype) / sqrt(x.shape[-1])                 # a padded region scores 0 everywhere
+        z = self.dropout(F.linear(key, self.query))                                   # (batch, regions, vectors)
+        gate, path = torch.sigmoid(selector), self.path if self.training else self.short_path
+        return gate * path(F.relu(z), a) + (1 - gate) * path(F.relu(-z), b)
 
     def path(self, z: Tensor, values: Tensor) -> Tensor:
-        """Forward and backward through one sign of the scores: z [B, M, N] >= 0, values [B, N, D] -> [B, N, D]."""
-        expanded = self.dropout(normalise(z) @ values + self.bias)                    # (batch, vectors, dim)
-        back = torch.cat([normalise(part) for part in z.transpose(1, 2).split(self.groups, -1)], -1)
-        return self.dropout(back @ expanded / len(self.groups))
+        """Forward and backward through one sign of the scores: z [B, N, M] >= 0, values [B, N, D] -> [B, N, D]."""
+        expanded = self.dropout(normalise(z.transpose(1, 2)) @ values + self.bias)    # (batch, vectors, dim)
+        return self.dropout(self.backward_map(z) @ expanded / len(self.groups))
+
+    def backward_map(self, z: Tensor) -> Tensor:
+        """From which vectors each region is read: z [B, N, M] with every group of a row divided by its sum."""
+        return torch.cat([normalise(part) for part in z.split(self.groups, -1)], -1)
+
+    def short_path(self, z: Tensor, values: Tensor) -> Tensor:
+        """`path` without dropout and without building an expansion vector."""
+        back = self.backward_map(z)
+        mixed = back @ normalise(z.transpose(1, 2))                                   # (batch, regions, regions)
+        return (mixed @ values + back @ self.bias) / len(self.groups)
