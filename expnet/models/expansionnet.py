@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .captioner import Captioner, Memory, Past, Step
+from .captioner import Captioner, Memory, Past, Step, log_probabilities
 from .dropout import Dropout
 from .dynamic_expansion import DynamicExpansion, causal, shares
 from .static_expansion import StaticExpansion
@@ -198,7 +198,7 @@ class ExpansionNet(Captioner):
             y, longer = layer.step(outputs[-1], past, keep, kv, memory.mask)
             outputs, pasts = [*outputs, y], [*pasts, longer]
         aux = layer.maps(outputs[-2], past, keep, kv, memory.mask) if look else {}
-        return Step(self.head(self.decoder_fusion(outputs[1:])).float().log_softmax(-1), pasts, aux)
+        return Step(log_probabilities(self.head(self.decoder_fusion(outputs[1:]))), pasts, aux)
 
 # %% ../../nbs/models/15_expansionnet.ipynb #init-weights
 def init_weights(module: nn.Module) -> None:
