@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Metric', 'METRICS', 'HABITS', 'MORE', 'mean_of', 'novelty', 'pick', 'columns', 'Scores', 'table', 'some', 'check',
-           'scene_scores', 'remarks', 'tokens_of', 'counted', 'evaluate', 'evaluate_sets', 'mean_over', 'variety']
+           'scene_scores', 'remarks', 'tokens_of', 'evaluate', 'evaluate_sets', 'mean_over', 'variety']
 
 # %% ../../nbs/score/29_evaluate.ipynb #imports
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.captions import Item
 from ..data.shape_language import scene_exact, scene_f1
-from .bleu import bleu, closest, matches
+from .bleu import bleu, bleu_counts
 from .cider import CiderD, DocumentFrequency
 from .diversity import distinct, ends_badly, equal_sizes, is_novel, mutual_bleu, repeats, self_cider, vocabulary
 from .java import meteor, spice
@@ -151,11 +151,6 @@ def tokens_of(hyps: Mapping[str, str], items: Sequence[Item], tokenizer: Callabl
     return ([tokenizer(hyps[item.id]) for item in items],
             [[tokenizer(text) for text in item.captions] for item in items])
 
-def counted(hyps: Sequence[Sequence[str]], refs: Sequence[Sequence[Sequence[str]]], n: int = 4) -> list[list[int]]:
-    """For each caption its matched 1..n-grams, its length and that of the closest reference: what corpus BLEU sums."""
-    return [[*(matches(hyp, group, k) for k in range(1, n + 1)), len(hyp), closest(len(hyp), list(map(len, group)))]
-            for hyp, group in zip(hyps, refs)]
-
 # %% ../../nbs/score/29_evaluate.ipynb #evaluate
 def evaluate(hyps: Mapping[str, str], items: Sequence[Item], metrics: Mapping[str, Metric] = METRICS,
              tokenizer: Callable[[str], list[str]] = ptb_tokenize, rule: Callable[[list[str]], list[str]] | None = None) -> Scores:
@@ -178,7 +173,7 @@ def evaluate(hyps: Mapping[str, str], items: Sequence[Item], metrics: Mapping[st
     for name, values in scenes.items(): per_image[name] |= values
     if scenes: totals |= {column: float(np.mean([v[column] for v in scenes.values()])) for column in ("scene-F1", "scene-exact")}
     changed = f"{sum(a != b for a, b in zip(said, tokens)):,} captions were changed by {rule.__name__}" if rule else ""
-    counts = dict(zip((item.id for item in items), counted(tokens, refs))) if "BLEU" in metrics else {}
+    counts = dict(zip((item.id for item in items), bleu_counts(tokens, refs).tolist())) if "BLEU" in metrics else {}
     return Scores(totals, per_image, remarks(tokens, len(scenes), "CIDEr-D" in totals, changed), counts)
 
 # %% ../../nbs/score/29_evaluate.ipynb #evaluate-sets
