@@ -22,7 +22,7 @@ from ..decode.sampling import Sample
 from ..decode.search import Beam
 from ..score.compare import compare as compare_runs
 from ..score.diversity import collapse
-from ..score.evaluate import Scores, evaluate as evaluate_captions, evaluate_sets, novelty, pick, table
+from ..score.evaluate import HABITS, Scores, evaluate as evaluate_captions, evaluate_sets, novelty, pick, table
 from ..score.results import part_of, read_references, read_results, write_results
 from ..score.tokens import ptb_tokenize
 from ..tools import UserError, pick_device, write_json
@@ -89,7 +89,8 @@ def evaluate(model: ModelFolder, folder: Folder, split: Split = "test",
     if samples:
         draw = Sample(samples, temperature, generator=torch.Generator(where).manual_seed(seed))
         with Counting("samples") as watch: drawn, _ = evaluate_split(net, data, split, draw, limit, watch, metrics={})
-        rows |= evaluate_sets({c.name: c.captions for c in drawn}, items, **how)
+        asked = {name: metric for name, metric in how["metrics"].items() if name not in (*HABITS, "novel")}   # no best habit
+        rows |= evaluate_sets({c.name: c.captions for c in drawn}, items, asked, read)
     show(rows)
     if not out: return
     leave(out, scores, captions, items)
