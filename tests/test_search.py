@@ -4,12 +4,13 @@ from math import ceil, log
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from toy import Toy, pictures
+from toy import WORDS, Toy, pictures
 
 from expnet.data.captions import Vocab
 from expnet.decode.sampling import Sample
 from expnet.decode.search import Beam, Greedy, decode
-from expnet.models.captioner import Step, unroll
+from expnet.models.captioner import Step, select, unroll
+from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.tools import UserError
 
 TOYS = dict(words=st.integers(5, 10), K=st.integers(1, 3), sharp=st.sampled_from([0.5, 2., 4.]), seed=st.integers(0, 999))
@@ -240,3 +241,23 @@ def test_bad_optionsare_refused():
         with pytest.raises(UserError): Beam(**bad)
     for bad in (dict(n=0), dict(temperature=0.), dict(top_k=0), dict(top_p=0.), dict(top_p=1.5), dict(seed=1, generator=torch.Generator())):
         with pytest.raises(UserError): Sample(**bad)
+
+
+@torch.no_grad()
+def test_the_maps_of_a_real_model_are_those_of_the_sentence_said_alone():
+    torch.manual_seed(0)
+    model = ExpansionNet(ExpansionNetConfig.preset("tiny", features=12), Vocab(WORDS)).eval()
+    model.head.weight.mul_(4)
+    memory = model.encode(torch.randn(3, 6, 12))
+    hyps = decode(model, memory, Beam(3, 3), max_len=8, look=True)
+    tokens = torch.cat([torch.full((9, 1), model.vocab.sos), hyps.tokens.flatten(0, 1)], 1)
+    state, length = select(model.start(memory), torch.arange(9) // 3), hyps.tokens.shape[2]
+    for t in range(length):
+        step = model.step(memory, state, tokens[:, t:t + 1], look=True)
+        state = step.state
+        said = (hyps.logp[..., t] != 0).flatten()
+        for name, values in step.aux.items():
+            mine = hyps.aux[name][..., t, :].flatten(0, 1)
+            assert torch.allclose(mine[said, :values.shape[-1]], values[said, 0], atol=1e-5), name
+            assert (mine[said, values.shape[-1]:] == 0).all() and (mine[~said] == 0).all()
+    assert set(hyps.aux) == {"attention", "expansion", "words"}
