@@ -307,6 +307,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'expnet.decode.ensemble.mean_maps': ('decode/ensemble.html#mean_maps', 'expnet/decode/ensemble.py'),
                                         'expnet.decode.ensemble.mean_probability': ( 'decode/ensemble.html#mean_probability',
                                                                                      'expnet/decode/ensemble.py')},
+            'expnet.decode.groups': {'expnet.decode.groups.words_a_step': ('decode/groups.html#words_a_step', 'expnet/decode/groups.py')},
             'expnet.decode.recompute': { 'expnet.decode.recompute.Recompute': ('decode/cache.html#recompute', 'expnet/decode/recompute.py'),
                                          'expnet.decode.recompute.Recompute.__init__': ( 'decode/cache.html#recompute.__init__',
                                                                                          'expnet/decode/recompute.py'),

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.box import SIMPLE
 from rich.table import Table
 
 from .app import Positive, app, console
@@ -98,10 +99,9 @@ def bench_decode(model: Annotated[str, typer.Argument(help="coco or tiny (random
     seed_all(seed)
     net, regions = subject(model)
     models, wanted = ways(net), [Case.read(text) for text in cases]
-    table = Table("case", *(f"{name}, s" for name in models), *(f"{name} gains" for name in list(models)[1:]), "same tokens",
-                  title=f"{model}, {places} positions, one thread, medians of {turns}")
+    table = Table("case", *models, "same tokens", box=SIMPLE, title=f"{model}: CPU seconds (gain), medians of {turns} turns")
     for text, case in zip(cases, wanted):
         spent, same = in_turns(models, torch.randn(case.pictures, regions, net.config.features), case.how, places, turns)
         slow, *fast = spent.values()
-        table.add_row(text, *(f"{s:.3f}" for s in spent.values()), *(f"{slow / s:.1f}x" for s in fast), f"{same:.1%}")
+        table.add_row(text, f"{slow:.3f}", *(f"{s:.3f} ({slow / s:.1f}x)" for s in fast), f"{same:.1%}")
     console.print(table)
