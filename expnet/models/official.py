@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SWIN', 'TRUNK', 'WHOLE', 'LAYER', 'PLAIN', 'SIZES', 'STATIC', 'WORDS', 'ROWS', 'published', 'PlainUnpickler',
-           'refuse_programs', 'read_plain', 'read_vocabulary', 'write_vocabulary', 'seen', 'layers', 'read_config',
-           'Report', 'translate', 'import_official', 'to_official', 'export_official', 'Carried', 'transfer']
+           'refuse_programs', 'read_plain', 'read_vocabulary', 'write_vocabulary', 'seen', 'count', 'read_config',
+           'read_swin', 'Report', 'translate', 'computed', 'read_official', 'build', 'import_official', 'to_official',
+           'export_official', 'Carried', 'transfer']
 
 # %% ../../nbs/models/16_official.ipynb #imports
 import pickle
@@ -15,14 +16,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
+from math import isqrt
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data.captions import Vocab, need
-from .backbone import read_weights
+from .backbone import Backbone, make_backbone, read_weights
 from .expansionnet import ExpansionNet, ExpansionNetConfig
+from .swin import SWINS, Swin, SwinConfig, published_buffers
 from ..tools import Undrawn, UserError, whole_file
 
 # %% ../../nbs/models/16_official.ipynb #names-tables
@@ -115,19 +118,33 @@ def seen(tensors: Mapping[str, Tensor], pattern: str, axis: int) -> int | None:
     found = Counter(x.shape[axis] for name, x in tensors.items() if re.fullmatch(pattern, name) and x.ndim > axis)
     return found.most_common(1)[0][0] if found else None
 
-def layers(tensors: Mapping[str, Tensor], side: str) -> int:
-    """How many layers the encoder or decoder (`side`) in `tensors` has."""
-    return 1 + max((int(m[1]) for name in tensors if (m := re.match(rf"{side}s\.(\d+)\.", name))), default=-1)
+def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered parts `prefix`.0, `prefix`.1, ... the names in `tensors` tell of."""
+    return 1 + max((int(m[1]) for name in tensors if (m := re.match(rf"{prefix}\.(\d+)\.", name))), default=-1)
 
 # %% ../../nbs/models/16_official.ipynb #read-config
 def read_config(tensors: Mapping[str, Tensor], static: Sequence[int], heads: int) -> ExpansionNetConfig:
     """The sizes of the published model in `tensors`, which has `heads` heads and `static` vectors a group."""
     total = seen(tensors, *STATIC)
-    if not total or not (depth := layers(tensors, "decoder")):
+    if not total or not (depth := count(tensors, "decoders")):
         raise UserError("no ExpansionNet v2 tensors (such as encoders.0.stc_exp.query_exp_vectors.weight) are in it")
     if sum(static) != total: raise UserError(f"static {tuple(static)} makes {sum(static)} expansion vectors, the file has {total}")
     sizes = {name: size for name, place in SIZES.items() if (size := seen(tensors, *place))}
-    return ExpansionNetConfig(**sizes, static=static, heads=heads, encoder_layers=layers(tensors, "encoder"), decoder_layers=depth)
+    return ExpansionNetConfig(**sizes, static=static, heads=heads, encoder_layers=count(tensors, "encoders"), decoder_layers=depth)
+
+# %% ../../nbs/models/16_official.ipynb #read-swin
+def read_swin(tensors: Mapping[str, Tensor]) -> Backbone:
+    """The backbone with the sizes of the published Swin in `tensors` (names without prefix), random weights, the published preprocessing."""
+    table = r"blocks\.\d+\.attn\.relative_position_bias_table"
+    stages = count(tensors, "layers")
+    window = (1 + isqrt(seen(tensors, rf"layers\.\d+\.{table}", 0) or 1)) // 2
+    heads = tuple(seen(tensors, rf"layers\.{s}\.{table}", 1) or 1 for s in range(stages))
+    dim, patch = (seen(tensors, r"patch_embed\.proj\.weight", axis) or 4 for axis in (0, 2))
+    windows = seen(tensors, r"layers\.0\.blocks\.\d+\.attn_mask", 0)
+    same = SwinConfig(patch * 2**(stages - 1) * window, dim, tuple(count(tensors, rf"layers\.{s}\.blocks") for s in range(stages)), heads, window, patch)
+    name = next((name for name, known in SWINS.items() if replace(known, size=same.size) == same), None)
+    if not name: raise UserError(f"its Swin has unknown sizes {same}; known are {', '.join(SWINS)}")
+    return make_backbone(f"swin/{name}", None, windows and patch * window * isqrt(windows))
 
 # %% ../../nbs/models/16_official.ipynb #Report
 @dataclass(frozen=True)
@@ -149,9 +166,12 @@ class Report:
         return "\n".join([head, *(f"  {kind}: {name}" for kind, names in kinds for name in names)])
 
 # %% ../../nbs/models/16_official.ipynb #translate
-def translate(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
-    """Our tensors, with the names and shapes of `own`, from the published `tensors`; and how they fitted."""
-    ours, asked, missing, mismatched = {}, set(), [], []
+def translate(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor],
+              known: Mapping[str, Tensor] = {}) -> tuple[dict[str, Tensor], Report]:
+    """Our tensors, with the names and shapes of `own`, from the published `tensors`; and how they fitted.
+
+    known: published entries that are computed and not learned; those in the file must be equal."""
+    ours, asked, missing, mismatched = {}, set(known), [], []
     for name, like in own.items():
         names = published(name)
         shape = [len(like) // len(names), *like.shape[1:]]
@@ -162,36 +182,61 @@ def translate(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple
         asked.update(names)
         missing += absent
         mismatched += [f"{theirs} {list(tensors[theirs].shape)}, not {shape}" for theirs in wrong]
+    mismatched += [f"{name}, other values than its sizes give" for name, x in known.items()
+                   if name in tensors and not torch.equal(tensors[name], x)]
     unexpected = [name for name in tensors if name not in asked]
     return ours, Report(len(tensors) - len(unexpected) - len(mismatched), tuple(missing), tuple(unexpected), tuple(mismatched))
 
+def computed(model: ExpansionNet) -> dict[str, Tensor]:
+    """The entries of a published file of `model` that are no weights: indices and masks of its Swin, if it has one."""
+    swin = getattr(model.backbone, "trunk", None)
+    return {SWIN + name: x for name, x in published_buffers(swin.config).items()} if isinstance(swin, Swin) else {}
+
 # %% ../../nbs/models/16_official.ipynb #import-official
+def read_official(path: str | Path, backbone: str | Path | None = None) -> dict[str, Tensor]:
+    """The published tensors in `path`; with a `backbone` file, its tensors take the place of those under swin_transf."""
+    tensors = read_weights(path)
+    if backbone is None: return tensors
+    body = {name: x for name, x in tensors.items() if not name.startswith(SWIN)}
+    return {**{SWIN + name.removeprefix(SWIN): x for name, x in read_weights(backbone).items()}, **body}
+
+def build(tensors: Mapping[str, Tensor], vocab: Vocab, static: Sequence[int], heads: int, as_original: bool) -> ExpansionNet:
+    """A model of the sizes of `tensors`, with a backbone if they hold one. Its weights are still to come."""
+    config = read_config(tensors, static, heads)
+    swin = {name.removeprefix(SWIN): x for name, x in tensors.items() if name.startswith(SWIN)}
+    eye = read_swin(swin) if swin else None
+    if eye: eye.prepare = replace(eye.prepare, as_original=as_original)
+    return ExpansionNet(config, vocab, eye)
+
 def import_official(path: str | Path, vocab: Vocab | str | Path, static: Sequence[int] = ExpansionNetConfig.static, heads: int = 8,
+                    backbone: str | Path | None = None, as_original: bool = False,
                     strict: bool = True) -> tuple[ExpansionNet, Report]:
     """The captioner in the published file `path`, in evaluation mode, and the report of its tensors.
 
-    vocab: a Vocab, the published pickle, or a vocab.json. static, heads: what the file cannot tell. UserError with the report
-    if a weight is missing or has another shape; with strict=False these weights begin at random."""
-    tensors, words = read_weights(path), vocab if isinstance(vocab, Vocab) else read_vocabulary(vocab)
+    vocab: a Vocab, the published pickle, or a vocab.json. static, heads: what the file cannot tell. backbone: a file of Swin
+    weights. as_original: see pictures as the original does, which takes black ones for those that are not RGB.
+    UserError with the report if a weight is missing or has another shape; with strict=False such weights begin at random."""
+    tensors, words = read_official(path, backbone), vocab if isinstance(vocab, Vocab) else read_vocabulary(vocab)
     if (rows := seen(tensors, *WORDS) or len(words)) != len(words):
         raise UserError(f"{path}: is a model of {rows:,} words, the vocabulary has {len(words):,}")
-    try: config = read_config(tensors, static, heads)
+    how = tensors, words, static, heads, as_original
+    try:
+        with Undrawn(): model = build(*how)
     except UserError as error: raise UserError(f"{path}: {error}") from error
-    with Undrawn(): model = ExpansionNet(config, words)
-    ours, report = translate(tensors, model.state_dict())
+    ours, report = translate(tensors, model.state_dict(), computed(model))
     if strict and not report.complete: raise UserError(f"{path}: {report}")
-    if not report.complete: model = ExpansionNet(config, words)
+    if not report.complete: model = build(*how)
     model.load_state_dict(ours, strict=False, assign=True)
     return model.eval(), report
 
 # %% ../../nbs/models/16_official.ipynb #export-official
 def to_official(model: ExpansionNet) -> dict[str, Tensor]:
-    """The weights of `model` under their published names, float32, on the CPU."""
+    """The weights of `model` under their published names, float32, on the CPU, and what the original stores beside them."""
     out = {}
     for name, x in model.state_dict().items():
         names = published(name)
-        out.update(zip(names, (part.clone() for part in x.float().cpu().chunk(len(names)))))
-    return out
+        out.update(zip(names, (part.clone() for part in x.float().cpu().chunk(len(names))) if len(names) > 1 else [x.float().cpu()]))
+    return {**out, **computed(model)}
 
 def export_official(path: str | Path, model: ExpansionNet) -> None:
     """Store `model` in the file `path` as the original code's training script does."""
