@@ -683,6 +683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'expnet/models/windows.py'),
                                        'expnet.models.windows.WindowAttention.forward': ( 'models/windows.html#windowattention.forward',
                                                                                           'expnet/models/windows.py'),
+                                       'expnet.models.windows.attend': ('models/windows.html#attend', 'expnet/models/windows.py'),
                                        'expnet.models.windows.relative_index': ( 'models/windows.html#relative_index',
                                                                                  'expnet/models/windows.py'),
                                        'expnet.models.windows.reorder': ('models/windows.html#reorder', 'expnet/models/windows.py'),

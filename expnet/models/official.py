@@ -142,7 +142,7 @@ def read_swin(tensors: Mapping[str, Tensor]) -> Backbone:
     dim, patch = (seen(tensors, r"patch_embed\.proj\.weight", axis) or 4 for axis in (0, 2))
     windows = seen(tensors, r"layers\.0\.blocks\.\d+\.attn_mask", 0)
     same = SwinConfig(patch * 2**(stages - 1) * window, dim, tuple(count(tensors, rf"layers\.{s}\.blocks") for s in range(stages)), heads, window, patch)
-    name = next((name for name, known in SWINS.items() if replace(known, size=same.size) == same), None)
+    name = next((name for name, known in SWINS.items() if {**vars(known), "size": same.size} == vars(same)), None)
     if not name: raise UserError(f"its Swin has unknown sizes {same}; known are {', '.join(SWINS)}")
     return make_backbone(f"swin/{name}", None, windows and patch * window * isqrt(windows))
 
