@@ -14,9 +14,10 @@ from PIL import Image
 
 from expnet import load
 from expnet.data.captions import Vocab
+from expnet.data.pickles import write_vocabulary
 from expnet.models.backbone import make_backbone
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
-from expnet.models.official import export_official, import_official, write_vocabulary
+from expnet.models.official import export_official, import_official
 from expnet.tools import Undrawn, seed_all
 from expnet.train.checkpoints import save_model
 

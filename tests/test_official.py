@@ -13,7 +13,8 @@ import torch
 from drawn import drawn_file
 
 from expnet.data.captions import Vocab
-from expnet.models.official import export_official, import_official, read_plain, read_vocabulary, transfer, write_vocabulary
+from expnet.data.pickles import read_plain, read_vocabulary, write_vocabulary
+from expnet.models.official import export_official, import_official, transfer
 from expnet.tools import UserError
 from expnet.train.checkpoints import load, save_model
 

@@ -13,8 +13,9 @@ import typer
 
 from .app import ModelFolder, app, console
 from ..data.captions import Vocab
+from ..data.pickles import write_vocabulary
 from ..models.expansionnet import ExpansionNet, ExpansionNetConfig
-from ..models.official import export_official, import_official, transfer, write_vocabulary
+from ..models.official import export_official, import_official, transfer
 from ..tools import UserError
 from ..train.checkpoints import load, save_model
 

@@ -215,7 +215,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a weights file that can be read safely ({what})") from error
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise UserError(f"{path}: holds no named tensors")
     return {name: v.float() if v.is_floating_point() else v for name, v in found.items()}
 
