@@ -121,6 +121,18 @@ def test_training_in_autocast_with_checkpointing_learns():
     assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for n, p in net.named_parameters() if "norm.bias" != n)
 
 
+@torch.no_grad()
+def test_an_exported_net_takes_any_number_of_pictures():
+    torch.manual_seed(0)
+    net = Swin(SWINS["micro"]).eval()
+    program = torch.export.export(net, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for pictures in (1, 2, 5):
+        x = torch.randn(pictures, 3, 64, 64)
+        assert torch.allclose(program.module()(x), net(x), atol=1e-5)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in called if "mkldnn" in name or "scaled_dot" in name or "index_put" in name or "copy" in name]
+
+
 @pytest.mark.parametrize("fields", [{"size": 230}, {"window": 12}, {"heads": (3, 6, 12)}, {"heads": (5, 6, 12, 24)}])
 def test_sizes_that_do_not_fit_are_refused(fields):
     with pytest.raises(UserError): SwinConfig(**fields)

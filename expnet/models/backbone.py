@@ -51,8 +51,8 @@ def halve(dim: int, out: int) -> nn.Sequential:
 # %% ../../nbs/models/11_backbone.ipynb #with-coordinates
 def with_coordinates(x: Tensor) -> Tensor:
     """Pictures [B, C, H, W] with two more channels [B, C + 2, H, W]: x and y of each pixel, from -1 to 1."""
-    across = torch.linspace(-1, 1, x.shape[3], device=x.device, dtype=x.dtype).expand(len(x), 1, *x.shape[2:])
-    down = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)[:, None].expand(len(x), 1, *x.shape[2:])
+    across = torch.linspace(-1, 1, x.shape[3], device=x.device, dtype=x.dtype).expand(x.shape[0], 1, *x.shape[2:])
+    down = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)[:, None].expand(x.shape[0], 1, *x.shape[2:])
     return torch.cat([x, across, down], 1)
 
 # %% ../../nbs/models/11_backbone.ipynb #ShapesNet

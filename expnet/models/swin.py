@@ -57,7 +57,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.norm, self.reduction = nn.LayerNorm(4 * dim), Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor: return self.reduction(self.norm(x.reshape(len(x), -1, 4 * x.shape[-1])))
+    def forward(self, x: Tensor) -> Tensor: return self.reduction(self.norm(x.unflatten(1, (-1, 4)).flatten(2)))
 
 # %% ../../nbs/models/10_swin.ipynb #Routes
 class Routes(nn.Module):

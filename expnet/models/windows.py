@@ -41,7 +41,8 @@ def relative_index(window: int) -> Tensor:
 # %% ../../nbs/models/09_windows.ipynb #attend
 def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
     """softmax(q kᵀ / √d + added) v for q, k, v [.., heads, area, d] and added [heads, area, area]."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=added[None])
+    written = q.device.type == "cpu" and q.dtype == torch.bfloat16 or torch.compiler.is_exporting()
+    if not written: return F.scaled_dot_product_attention(q, k, v, attn_mask=added[None])
     scores = (q / q.shape[-1]**0.5) @ k.transpose(-2, -1)
     return scores.add_(added).softmax(-1) @ v
 
@@ -57,15 +58,14 @@ class WindowAttention(nn.Module):
 
     def bias(self) -> Tensor:
         """What is added to the scores for relative position: [heads, area, area]."""
-        table = self.relative_position_bias_table
-        wide = table.to(torch.promote_types(table.dtype, torch.float32)).T.contiguous()         # half precision is slow to look up
-        return wide.index_select(1, self.index).view(self.heads, self.area, self.area).to(table.dtype)
+        each = self.relative_position_bias_table.index_select(0, self.index)                    # (area · area, heads)
+        return each.T.contiguous().view(self.heads, self.area, self.area)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Patches x [B, N, dim]; mask [N / area, area, area] is added to the scores of each window, None adds nothing."""
         windows = 1 if mask is None else len(mask)
         added = self.bias() if mask is None else (self.bias() + mask[:, None]).flatten(0, 1)    # (windows · heads, area, area)
         parts = self.qkv(x).view(-1, windows, self.area, 3, self.heads, x.shape[-1] // self.heads)
-        q, k, v = parts.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)                        # (.., windows · heads, area, d)
-        out = attend(q, k, v, added)
-        return self.proj(out.unflatten(1, (windows, self.heads)).transpose(2, 3).reshape(x.shape))
+        parts = parts.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)                                   # (3, .., windows · heads, area, d)
+        out = attend(parts[0], parts[1], parts[2], added)
+        return self.proj(out.reshape(-1, windows, self.heads, *out.shape[2:]).transpose(2, 3).reshape(-1, *x.shape[1:]))
