@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['padding', 'plan_epoch', 'share', 'Rows', 'encode_captions', 'pad_rows', 'read_ahead', 'Store', 'Batch', 'read_once',
-           'Batches', 'check_batches', 'sample_lengths', 'samples_to_rows']
+           'Batches', 'check_batches', 'sample_lengths', 'samples_to_rows', 'Pictures']
 
 # %% ../../nbs/data/07_batches.ipynb #imports
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .captions import Item, Vocab
+from .images import Preprocess
 from ..tools import UserError
 
 # %% ../../nbs/data/07_batches.ipynb #padding
@@ -42,8 +44,8 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int = 0, epoch: int =
 
 # %% ../../nbs/data/07_batches.ipynb #share
 def share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """What process `rank` of `world` takes of a global batch: equally many on all; a short batch repeats its first samples."""
-    return np.resize(batch, -(-len(batch) // world) * world)[rank::world]
+    """What process `rank` of `world` takes of a global batch; nothing, if the batch has no more than `rank` samples."""
+    return batch[rank::world]
 
 # %% ../../nbs/data/07_batches.ipynb #Rows
 @dataclass
@@ -104,20 +106,35 @@ class Store(Protocol):
     """Where features come from: read(ids) gives x [B, N, D] and mask [B, N] (True = real region), in the order of `ids`."""
     def read(self, ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
 
-
+# %% ../../nbs/data/07_batches.ipynb #0f24654e
 @dataclass(eq=False)
 class Batch:
-    """Samples of one step: B ids, x [B, N, D] as stored, mask [B, N], tokens int64 [B*n, T] (SOS .. EOS, PAD), image-major."""
+    """Samples of one step: B ids, x [B, N, D] as stored, mask [B, N], tokens int64 [B*n, T] (SOS .. EOS, PAD), image-major.
+
+    filler: the samples do not count; they are there because every process must have something to do."""
     ids: list[str]
     x: Tensor
     mask: Tensor
     tokens: Tensor
+    filler: bool = False
 
     def __len__(self) -> int: return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(self.ids, *(tensor.to(device, non_blocking=True) for tensor in (self.x, self.mask, self.tokens)))
+        x, mask, tokens = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.mask, self.tokens))
+        return Batch(self.ids, x, mask, tokens, self.filler)
+
+    def part(self, start: int, stop: int, filler: bool = False) -> "Batch":
+        """Samples start .. stop-1 with their captions."""
+        n = len(self.tokens) // len(self)
+        return Batch(self.ids[start:stop], self.x[start:stop], self.mask[start:stop], self.tokens[n * start:n * stop],
+                     self.filler or filler)
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The batch as `parts` batches of nearly equal size, in order; where there is no sample left, a filler."""
+        edges = [len(self) * k // parts for k in range(parts + 1)]
+        return [self.part(a, b) if a < b else self.part(0, 1, filler=True) for a, b in zip(edges, edges[1:])]
 
 # %% ../../nbs/data/07_batches.ipynb #read-once
 def read_once(store: Store, ids: list[str]) -> tuple[Tensor, Tensor]:
@@ -135,7 +152,7 @@ class Batches:
 
     captions=1: a sample is a (picture, caption) pair; n > 1: a picture with n of its captions; 0: a picture alone.
     shuffle=False keeps the order of the items. `max_len` tokens at most, SOS and EOS counted; `rows.cut` tells how many were cut.
-    UserError: no items, an item without caption or features, a batch size that `world` does not divide."""
+    UserError: no items, an item without caption or features."""
     items: Sequence[Item]
     vocab: Vocab
     store: Store
@@ -161,10 +178,10 @@ class Batches:
         return [share(batch, self.rank, self.world) for batch in batches]
 
     def load(self, samples: np.ndarray, epoch: int = 0) -> Batch:
-        """The batch of these samples as it is in `epoch`, read from the store."""
-        images, rows = samples_to_rows(samples, epoch, self.rows, self.captions)
-        ids = [self.items[i].id for i in images]
-        return Batch(ids, *read_once(self.store, ids), pad_rows([self.rows[r] for r in rows], self.vocab.pad))
+        """The batch of these samples as it is in `epoch`, read from the store; of no samples, a filler."""
+        images, rows = samples_to_rows(samples if len(samples) else np.array([0]), epoch, self.rows, self.captions)
+        ids, tokens = [self.items[i].id for i in images], pad_rows([self.rows[r] for r in rows], self.vocab.pad)
+        return Batch(ids, *read_once(self.store, ids), tokens, filler=not len(samples))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from position `start` on, read ahead in the background."""
@@ -177,10 +194,10 @@ def check_batches(batches: "Batches") -> None:
     size, rank, world, ids = batches.batch_size, batches.rank, batches.world, [item.id for item in batches.items]
     if not ids: raise UserError("no items to make batches of")
     if not 0 <= rank < world: raise UserError(f"rank={rank}, world={world}: rank must be at least 0 and below world")
-    if size < 1 or size % world: raise UserError(f"batch_size={size}: must be a positive multiple of the {world} processes")
+    if size < 1: raise UserError(f"batch_size={size}: must be 1 or more")
     if batches.captions < 0: raise UserError(f"captions={batches.captions}: must be 0 or more")
     missing = [id for id in ids if id not in batches.store] if hasattr(batches.store, "__contains__") else []
-    if missing: raise UserError(f"{len(missing)} of {len(ids)} items have no features in the store, the first is {missing[0]!r}")
+    if missing: raise UserError(f"{len(missing)} of {len(ids)} items are not in the store, the first is {missing[0]!r}")
 
 # %% ../../nbs/data/07_batches.ipynb #sample-lengths
 def sample_lengths(rows: Rows | None, items: int, captions: int) -> np.ndarray:
@@ -196,3 +213,19 @@ def samples_to_rows(samples: np.ndarray, epoch: int, rows: Rows | None, captions
     first, count = rows.first[samples], rows.first[samples + 1] - rows.first[samples]
     turn = np.where(count > captions, epoch * captions, 0)
     return samples, (first[:, None] + (turn[:, None] + np.arange(captions)) % count[:, None]).ravel()
+
+# %% ../../nbs/data/07_batches.ipynb #273f256c
+class Pictures:
+    """A store of prepared pictures: read(ids) gives x [B, 3, S, S] and mask [B, regions], all True; `threads` decode at once.
+
+    BadImage names the file that holds no picture."""
+    def __init__(self, items: Iterable[Item], prepare: Preprocess, regions: int, threads: int | None = None):
+        self.paths = {item.id: item.path for item in items}
+        self.prepare, self.regions, self.threads = prepare, regions, threads or os.cpu_count()
+
+    def __contains__(self, id: str) -> bool: return id in self.paths
+
+    def read(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        with ThreadPoolExecutor(self.threads) as pool:
+            pictures = list(pool.map(lambda id: self.prepare.read(self.paths[id]), ids))
+        return torch.stack(pictures).numpy(), np.ones((len(ids), self.regions), bool)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'open_h5', 'row_names', 'blank_store', 'write_at', 'row_writer', 'Index', 'read_index', 'FeatureStore',
            'find_place', 'read_packed', 'Decoder', 'to_stored', 'describe', 'check_same', 'working', 'file_to_write',
-           'copy_rows', 'unique_paths', 'Report', 'write_features']
+           'copy_rows', 'unique_paths', 'Report', 'fill_rows', 'blocks_to_do', 'write_features']
 
 # %% ../../nbs/data/06_features.ipynb #imports
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,8 @@ from threading import Lock
 import h5py
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -77,11 +79,12 @@ def write_at(raw, start: int, values: np.ndarray) -> None:
 
 # %% ../../nbs/data/06_features.ipynb #row-writer
 @contextmanager
-def row_writer(path: str) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
+def row_writer(path: str, alone: bool = True) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
     """Open the feature file `path` and yield put(rows, x): store x [len(rows), regions, dim], then flag these rows as done.
 
-    Rows increase. Holds a lock, so that no second writer can open the file. UserError if the disk is full or gone."""
-    with open_h5(path, "r+") as file, open(path, "r+b", buffering=0) as raw:
+    Rows increase. Holds a lock, so that no second writer can open the file; alone=False joins the writer that holds it, which
+    is safe if no block of rows is given to both. UserError if the disk is full or gone."""
+    with open_h5(path, "r+" if alone else "r") as file, open(path, "r+b", buffering=0) as raw:
         x_start, done_start = (file[name].id.get_offset() for name in ("features", "done"))
         if not x_start or not done_start: raise UserError(f"{path}: is compressed, so it cannot take more rows")
         shape, kind, done = file["features"].shape[1:], file["features"].dtype, file["done"][:]
@@ -290,6 +293,30 @@ class Report:
         return "\n  ".join(lines)
 
 # %% ../../nbs/data/06_features.ipynb #write-features
+def fill_rows(target: str, batches: Iterable, backbone: nn.Module, device: str, files: Sequence[str], dtype: str, on_bad: str,
+              progress: Callable[[int, int], None] | None, seen: tuple[int, int], here: PartialState) -> tuple[int, list[tuple[str, str]]]:
+    """Store the features of what `Decoder` makes of this process's blocks; (rows written, (path, reason) of
+    bad files) of all processes. seen: rows done before, and how many it will be."""
+    written, bad = 0, []
+    with ExitStack() as stack:
+        with here.main_process_first(): put = stack.enter_context(row_writer(target, alone=here.is_main_process))
+        stack.enter_context(working(backbone, device))
+        for rows, images, faults in batches:
+            if rows: put(rows, to_stored(backbone(images.to(device)), dtype, [files[row] for row in rows]))
+            bad += [(files[row], reason) for row, reason in faults]
+            if bad and on_bad == "raise": raise BadImage(*bad[0])
+            written += len(rows)
+            if progress: progress(seen[0] + written + len(bad), seen[1])
+        shares = gather_object([(written, bad)])               # and nobody closes the file before all are done
+    return sum(count for count, _ in shares), [fault for _, faults in shares for fault in faults]
+
+# %% ../../nbs/data/06_features.ipynb #blocks-to-do
+def blocks_to_do(names: Sequence[str], done: np.ndarray, wanted: dict[str, str], batch_size: int) -> list[list[int]]:
+    """The rows that are wanted and not done, in blocks that depend on their numbers and the batch size alone."""
+    todo = [row for row, name in enumerate(names) if name in wanted and not done[row]]
+    return [list(block) for _, block in groupby(todo, key=lambda row: row // batch_size)]
+
+
 def write_features(path: str | Path, items: Iterable[Item], backbone: nn.Module, batch_size: int = 32, workers: int = 0,
                    dtype: str = "fp16", on_bad: str = "skip", device: str = "cpu",
                    progress: Callable[[int, int], None] | None = None) -> Report:
@@ -298,24 +325,20 @@ def write_features(path: str | Path, items: Iterable[Item], backbone: nn.Module,
     `backbone` maps images [B, 3, S, S] to [B, regions, dim] and has `.prepare` (Preprocess) and `.spec` (dict for JSON).
     Until all are there the file is called `path`.part; an interrupted run is continued by the same call. Pictures are decoded
     by `workers` processes (0: by this one). A bad file is left out and reported, or ends the run (`on_bad` "raise").
-    `progress` is told (finished, total) after every batch.
+    Called in each of several processes, every one does its share. `progress` is told (finished, total) after every batch, without the shares of others.
     UserError: the stored features are of another kind, not finite, too large for the dtype, or no picture could be read."""
     if on_bad not in ("skip", "raise"): raise UserError(f"on_bad {on_bad!r}: skip or raise")
-    paths, about = unique_paths(items), describe(backbone, dtype, device)
-    target = file_to_write(str(path), paths, about)
+    paths, about, here = unique_paths(items), describe(backbone, dtype, device), PartialState()
+    with here.main_process_first(): target = file_to_write(str(path), paths, about)
     with open_h5(target) as file: names, done = row_names(file), file["done"][:]
-    todo = [row for row, name in enumerate(names) if name in paths and not done[row]]
-    files, kept, written, bad = [paths.get(name, "") for name in names], len(paths) - len(todo), 0, []
-    blocks = [list(block) for _, block in groupby(todo, key=lambda row: row // batch_size)]
-    batches = iter(DataLoader(Decoder(files, backbone.prepare), batch_size=None, sampler=blocks,
-                              num_workers=min(workers, len(blocks)), generator=torch.Generator()))
-    with row_writer(target) as put, working(backbone, device):
-        for rows, images, faults in batches:
-            if rows: put(rows, to_stored(backbone(images.to(device)), dtype, [files[row] for row in rows]))
-            bad += [(files[row], reason) for row, reason in faults]
-            if bad and on_bad == "raise": raise BadImage(*bad[0])
-            written += len(rows)
-            if progress: progress(kept + written + len(bad), len(paths))
+    here.wait_for_everyone()                                   # nobody writes before all have seen what is there
+    blocks, files = blocks_to_do(names, done, paths, batch_size), [paths.get(name, "") for name in names]
+    kept, mine = len(paths) - sum(map(len, blocks)), blocks[here.process_index::here.num_processes]
+    batches = iter(DataLoader(Decoder(files, backbone.prepare), batch_size=None, sampler=mine,
+                              num_workers=min(workers, len(mine)), generator=torch.Generator()))
+    written, bad = fill_rows(target, batches, backbone, device, files, dtype, on_bad, progress,
+                             (kept, kept + sum(map(len, mine))), here)
     if not kept + written: raise UserError(f"{path}: none of {len(paths)} pictures can be read; {bad[0][0]}: {bad[0][1]}")
-    if target != str(path): os.replace(target, path)
+    if target != str(path) and here.is_main_process: os.replace(target, path)
+    here.wait_for_everyone()
     return Report(written, kept, bad)
