@@ -38,7 +38,7 @@ def test_own_captions_to_captions_of_files(folder):
     assert "train: 18 pictures, 90 captions" in said and "test: 6 pictures" in said
     said = expnet("features", "data", "--backbone", "shapes", "--device", "cpu", cwd=folder).stdout
     assert "29 written" in said and "1 bad" in said
-    said = expnet("train", "data", "--out", "model", "--recipe", "tiny", "--epochs", "1", "--batch-size", "6", "--device", "cpu", cwd=folder).stdout
+    said = expnet("train", "data", "--out", "model", "--recipe", "tiny", "--phases", "xe", "--epochs", "1", "--batch-size", "6", "--device", "cpu", cwd=folder).stdout
     assert "1 pictures have no features and are left out" in said
     said = expnet("evaluate", "model", "data", "--device", "cpu", "--out", "scores", cwd=folder).stdout
     assert "CIDEr-D" in said

@@ -1,5 +1,6 @@
 """A training run that is killed without warning and continued ends with the weights of a run that was left alone."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,49 +11,76 @@ import pytest
 from safetensors.torch import load_file
 
 from expnet.models.backbone import make_backbone
+from expnet.tools import read_jsonl
 from expnet.train.checkpoints import load_state
 from expnet.train.recipes import extract, prepare_world
 
 RUN = """
-import sys
+import os, sys, time
+import expnet.train.checkpoints as checkpoints
 from dataclasses import replace
-from expnet.train.recipes import RECIPES, train
-from expnet.tools import seed_all
-seed_all(0)
-from expnet.models.expansionnet import ExpansionNetConfig
-preset = ExpansionNetConfig.preset
-ExpansionNetConfig.preset = lambda *words, **more: replace(preset(*words, **more), dropout=0.2)     # so that random numbers matter
-how = RECIPES["tiny"]
-train("data", sys.argv[1], replace(how, phase=replace(how.phase, epochs=3, batch_size=4, warmup=5, validate=4, save_every=2, log_every=3)))
+from expnet.train.recipes import RECIPES, Extract, Recipe, train
+
+plain = checkpoints.torch.save
+def slow(state, path):                                   # half of the bytes, a pause long enough to be killed in, then all of them
+    plain(state, path)
+    if os.environ.get("SLOW"):
+        whole = open(path, "rb").read()
+        open(path, "wb").write(whole[:len(whole) // 2])
+        time.sleep(0.3)
+        open(path, "wb").write(whole)
+checkpoints.torch.save = slow
+
+how = RECIPES["tiny"].change(epochs=2, batch=4, captions=2, warmup=5, validate=4, save_every=2, log_every=3, dropout=0.2)
+train("data", sys.argv[1], how, "cpu")
+print("done")
 """
+PHASES = ("xe", "xe_end_to_end")
 
 
-def start(folder: Path, out: str) -> subprocess.Popen:
+def start(folder: Path, out: str, **environment: str) -> subprocess.Popen:
     """A training process in `folder` that writes to `out`."""
-    return subprocess.Popen([sys.executable, "-c", RUN, out], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, "-c", RUN, out], cwd=folder, stdout=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    prepare_world(folder / "data", n_train=24, n_val=4, n_test=4, n_pairs=1, n_counts=1)
+    prepare_world(folder / "data", n_train=16, n_val=4, n_test=4, n_pairs=1, n_counts=1)
     extract(folder / "data", make_backbone("shapes"))
-    assert start(folder, "through").wait(120) == 0
+    assert start(folder, "through").wait(240) == 0
     return folder
 
 
-@pytest.mark.parametrize("after", [2, 8])
-def test_kill_and_continue(folder, after):
-    process, out = start(folder, f"killed{after}"), folder / f"killed{after}"
-    until = time.time() + 120
-    while process.poll() is None and time.time() < until:          # wait for a state of at least `after` steps, then kill
-        if (out / "state.pt").exists() and load_state(out / "state.pt")["counters"]["step"] >= after: break
-        time.sleep(0.02)
+def steps(out: Path, phase: str) -> int:
+    """Steps of `phase` in the newest state; -1 if there is none."""
+    return load_state(out / phase / "state.pt")["counters"]["step"] if (out / phase / "state.pt").exists() else -1
+
+
+MOMENTS = {"in an epoch": lambda out: steps(out, "xe") >= 2,
+           "while a state is written": lambda out: steps(out, "xe") >= 4 and any((out / "xe").glob(".state.pt.*.part")),
+           "between phases": lambda out: (out / "xe" / "phase.json").exists(),
+           "in the phase with the backbone": lambda out: steps(out, "xe_end_to_end") >= 2}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_and_continue(folder, moment):
+    out = folder / moment.replace(" ", "-")
+    process, until = start(folder, out.name, **({"SLOW": "1"} if "written" in moment else {})), time.time() + 240
+    while process.poll() is None and time.time() < until and not MOMENTS[moment](out): time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert start(folder, out.name).wait(120) == 0
-    one, two = (load_state(folder / name / "state.pt") for name in ("through", out.name))
-    assert [n for n, w in one["model"].items() if not w.equal(two["model"][n])] == []
-    assert one["counters"] == two["counters"]
-    best = load_file(folder / "through" / "model.safetensors")
-    assert [n for n, w in load_file(out / "model.safetensors").items() if not w.equal(best[n])] == []
+    if "written" in moment: assert list((out / "xe").glob(".state.pt.*.part")), "not killed while writing"
+    assert start(folder, out.name).wait(240) == 0
+    assert not list(out.rglob("*.part"))
+    for phase in PHASES:
+        one, two = (folder / name / phase for name in ("through", out.name))
+        assert read_jsonl(one / "history.jsonl") == read_jsonl(two / "history.jsonl")
+        states = [load_state(p / "state.pt") for p in (one, two)]
+        assert [n for n, w in states[0]["model"].items() if not w.equal(states[1]["model"][n])] == []
+        assert states[0]["counters"] == states[1]["counters"]
+    for file in ("model.safetensors", "backbone.safetensors"):
+        best = load_file(folder / "through" / file)
+        assert [n for n, w in load_file(out / file).items() if not w.equal(best[n])] == []
+    shutil.rmtree(out)

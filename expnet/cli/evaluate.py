@@ -76,7 +76,7 @@ def evaluate(model: ModelFolder, folder: Folder, split: Split = "test",
              metrics: Metrics = "default", tokenizer: Tokens = "ptb", collapse_words: Collapse = False,
              out: Out = None, device: Device = "auto") -> None:
     """Caption a split of FOLDER from its stored features and score the captions."""
-    data, _ = open_data(folder)
+    data = open_data(folder)
     if data.left_out: console.print(f"{data.left_out} pictures have no features and are left out")
     where, items = pick_device(device), data.of(split)[:limit]
     net, read = load(model, where), reader(tokenizer)

@@ -7,7 +7,6 @@ __all__ = ['SETS', 'quickstart', 'report']
 
 # %% ../../nbs/deploy/57_quickstart_command.ipynb #imports
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +29,9 @@ def quickstart(out: Annotated[Path, typer.Option(help="Everything is written her
                device: Device = "cpu") -> None:
     """Draw a world, learn to caption it, score the captions and show them: minutes, no GPU, nothing downloaded."""
     began, how, device = time.time(), recipe("tiny"), str(pick_device(device))
-    how = replace(how, phase=replace(how.phase, seed=seed, epochs=how.phase.epochs if epochs is None else epochs))
+    how = how.change(seed=seed, **({} if epochs is None else {"epochs": epochs}))
     data_folder, model_folder = out / "data", out / "model"
-    asked = {"pictures": pictures, "seed": seed, "epochs": how.phase.epochs}
+    asked = {"pictures": pictures, "seed": seed, "epochs": epochs}
     if (out / "quickstart.json").exists() and (before := read_json(out / "quickstart.json")) != asked:
         raise UserError(f"{out}: holds a quickstart with other numbers ({before}): choose another --out")
     write_json(out / "quickstart.json", asked)
@@ -41,7 +40,7 @@ def quickstart(out: Annotated[Path, typer.Option(help="Everything is written her
     console.print("[bold]2 of 4  look at every picture once[/bold], with the small backbone of the package")
     with Counting("features") as watch: extract(data_folder, make_backbone("shapes"), device, batch_size=64, progress=watch)
     console.print("[bold]3 of 4  learn to say what is there[/bold]: ExpansionNet v2, cross-entropy")
-    with Training("training") as watch: train_recipe(data_folder, model_folder, how, device, watch)
+    with Training("training") as watch: train_recipe(data_folder, model_folder, how, device, watch, ["xe"])
     console.print("[bold]4 of 4  test on pictures never seen[/bold], beam 3")
     report(out, data_folder, model_folder, device)
     console.print(f"{time.time() - began:.0f} seconds. Now try:")
@@ -50,7 +49,7 @@ def quickstart(out: Annotated[Path, typer.Option(help="Everything is written her
 # %% ../../nbs/deploy/57_quickstart_command.ipynb #report
 def report(out: Path, data_folder: Path, model_folder: Path, device: str) -> None:
     """Score the three test sets of the drawn world, print the table, write scores.json and gallery.png into `out`."""
-    (data, _), model = open_data(data_folder), load(model_folder, device)
+    data, model = open_data(data_folder), load(model_folder, device)
     results = {name: evaluate_split(model, data, split) for split, name in SETS.items()}
     console.print(table({name: scores for name, (_, scores) in results.items()}))
     gallery(out / "gallery.png", results["test"][0], data.of("test"))
