@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_array', 'as_picture', 'show_images', 'show_windows', 'show_matrix', 'show_bars', 'show_histogram', 'show_scored',
-           'show_curves', 'show_tree', 'show_captions', 'show_words']
+           'show_curves', 'show_tree', 'show_captions', 'show_words', 'show_history']
 
 # %% ../nbs/01_plot.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -184,5 +184,29 @@ def show_words(sentences: Mapping[str, Sequence[tuple[str, float]]], title: str 
     ax.set(xlim=(0, margin + letters), ylim=(0.5 - len(sentences), 0.5))
     ax.axis("off")
     ax.set_title(title, fontsize=9)
+    plt.close(figure)
+    return figure
+
+# %% ../nbs/01_plot.ipynb #show-history
+def show_history(history: Sequence[Mapping], scores: Sequence[str] = ("CIDEr-D",), size: tuple[float, float] = (7, 2.6)) -> Figure:
+    """Draw the rows that `fit` returns: on the left loss and reward by step, on the right `scores` by step; lines part the phases."""
+    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained")
+    names, start = list(dict.fromkeys(row["phase"] for row in history)), 0
+    for number, name in enumerate(names):
+        rows = [row for row in history if row["phase"] == name]
+        for panel, keys in zip(panels, (("loss", "reward"), scores)):
+            for k, key in enumerate(keys):
+                points = [(start + row["step"], row[key]) for row in rows if key in row]
+                if points: panel.plot(*zip(*points), f"C{k}", marker="." if key in scores else "", label=key)
+            if number: panel.axvline(start, color="0.8", linewidth=1)
+        start += max(row["step"] for row in rows)
+    for panel, title in zip(panels, ("what is learned from", "what is wanted")):
+        lines = dict(zip(*reversed(panel.get_legend_handles_labels())))
+        if lines: panel.legend(lines.values(), lines.keys(), fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("step", fontsize=9)
+        panel.set_title(title, fontsize=9)
+    figure.suptitle(" → ".join(names), fontsize=9)
     plt.close(figure)
     return figure

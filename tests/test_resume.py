@@ -1,6 +1,5 @@
 """A training run that is killed without warning and continued ends with the weights of a run that was left alone."""
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from expnet.data.features import FeatureStore
 from expnet.models.backbone import make_backbone
 from expnet.tools import read_jsonl
 from expnet.train.checkpoints import load_state
@@ -31,11 +31,11 @@ def slow(state, path):                                   # half of the bytes, a 
         open(path, "wb").write(whole)
 checkpoints.torch.save = slow
 
-how = RECIPES["tiny"].change(epochs=2, batch=4, captions=2, warmup=5, validate=4, save_every=2, log_every=3, dropout=0.2)
+how = RECIPES["tiny"].change(epochs=2, lr=2e-3, batch=4, captions=2, warmup=5, validate=4, save_every=2, log_every=3, dropout=0.2, samples=2, sample_len=8)
 train("data", sys.argv[1], how, "cpu")
 print("done")
 """
-PHASES = ("xe", "xe_end_to_end")
+PHASES = ("xe", "xe_end_to_end", "scst", "scst_end_to_end")
 
 
 def start(folder: Path, out: str, **environment: str) -> subprocess.Popen:
@@ -61,17 +61,23 @@ def steps(out: Path, phase: str) -> int:
 MOMENTS = {"in an epoch": lambda out: steps(out, "xe") >= 2,
            "while a state is written": lambda out: steps(out, "xe") >= 4 and any((out / "xe").glob(".state.pt.*.part")),
            "between phases": lambda out: (out / "xe" / "phase.json").exists(),
-           "in the phase with the backbone": lambda out: steps(out, "xe_end_to_end") >= 2}
+           "with a learning backbone": lambda out: steps(out, "xe_end_to_end") >= 2,
+           "in reinforcement learning": lambda out: steps(out, "scst") >= 2}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_and_continue(folder, moment):
-    out = folder / moment.replace(" ", "-")
-    process, until = start(folder, out.name, **({"SLOW": "1"} if "written" in moment else {})), time.time() + 240
+def kill(folder: Path, out: Path, moment: str) -> None:
+    """Go on with the run in `out` and kill it at the moment called `moment`."""
+    slow = {"SLOW": "1"} if "written" in moment else {}
+    process, until = start(folder, out.name, **slow), time.time() + 240
     while process.poll() is None and time.time() < until and not MOMENTS[moment](out): time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    if "written" in moment: assert list((out / "xe").glob(".state.pt.*.part")), "not killed while writing"
+    if slow: assert list((out / "xe").glob(".state.pt.*.part")), "not killed while writing"
+
+
+def test_killed_five_times_and_continued(folder):
+    out = folder / "killed"
+    for moment in MOMENTS: kill(folder, out, moment)
     assert start(folder, out.name).wait(240) == 0
     assert not list(out.rglob("*.part"))
     for phase in PHASES:
@@ -83,4 +89,5 @@ def test_kill_and_continue(folder, moment):
     for file in ("model.safetensors", "backbone.safetensors"):
         best = load_file(folder / "through" / file)
         assert [n for n, w in load_file(out / file).items() if not w.equal(best[n])] == []
-    shutil.rmtree(out)
+    stores = [FeatureStore(folder / name / "features_again" / "features.h5") for name in ("through", out.name)]
+    assert (stores[0].read(stores[0].ids)[0] == stores[1].read(stores[0].ids)[0]).all()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'prepare', 'extract', 'same_weights', 'open_data', 'backbone_of', 'Extract', 'Recipe', 'phases', 'recipe',
-           'train', 'Chain', 'new_model', 'sees', 'evaluate_split', 'prepare_world']
+           'train', 'Chain', 'new_model', 'sees', 'evaluate_split', 'prepare_world', 'rehearsal']
 
 # %% ../../nbs/train/37_recipes.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -240,3 +240,13 @@ def prepare_world(folder: str | Path, n_train: int = 6000, n_val: int = 200, n_t
     """Draw the embedded world into `folder` and prepare it; a summary in words. The same sizes and seed give the same files."""
     path = write_world(folder, n_train, n_val, n_test, n_pairs, n_counts, seed)
     return prepare(folder, karpathy(path, path.parent))
+
+# %% ../../nbs/train/37_recipes.ipynb #rehearsal
+def rehearsal(home: str | Path) -> tuple[Recipe, Path, Path]:
+    """The recipe `tiny` with the smallest numbers, a data folder with a small drawn world in `home`, and a model folder there."""
+    folder = Path(home) / "data"
+    if not (folder / "items.jsonl").exists(): prepare_world(folder, n_train=96, n_val=12, n_test=12, n_pairs=1, n_counts=1)
+    few = dict(batch=16, warmup=5, validate=12, log_every=2, save_every=50)
+    epochs = {"xe": 6, "xe_end_to_end": 2, "scst": 2, "scst_end_to_end": 1}
+    steps = (replace(p, epochs=epochs[p.name], **few) if isinstance(p, Phase) else p for p in recipe("tiny").phases)
+    return Recipe("tiny", tuple(steps)), folder, Path(home) / "model"
