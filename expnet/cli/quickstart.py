@@ -12,16 +12,17 @@ from typing import Annotated
 
 import typer
 
-from .app import Counting, Device, app, console, gallery
+from .app import Device, app, console, gallery
 from .learn import Training
 from ..models.backbone import make_backbone
 from ..score.evaluate import table
 from ..tools import UserError, pick_device, read_json, write_json
 from ..train.checkpoints import load
-from ..train.recipes import evaluate_split, extract, open_data, prepare_world, recipe, train as train_recipe
+from ..train.recipes import Recipe, evaluate_split, open_data, prepare_world, recipe, train as train_recipe
+from ..train.step import Phase
 
 # %% ../../nbs/deploy/57_quickstart_command.ipynb #SETS
-SETS = {"test": "test", "test_pairs": "colour-shape pairs never seen", "test_counts": "counts never seen"}
+SETS = {"test": "after all phases", "test_pairs": "colour-shape pairs never seen", "test_counts": "counts never seen"}
 
 @app.command()
 def quickstart(out: Annotated[Path, typer.Option(help="Everything is written here.")] = Path("runs/quickstart"), seed: int = 0,
@@ -35,23 +36,22 @@ def quickstart(out: Annotated[Path, typer.Option(help="Everything is written her
     if (out / "quickstart.json").exists() and (before := read_json(out / "quickstart.json")) != asked:
         raise UserError(f"{out}: holds a quickstart with other numbers ({before}): choose another --out")
     write_json(out / "quickstart.json", asked)
-    console.print(f"[bold]1 of 4  draw a world[/bold] of {pictures:,} training pictures, five captions each")
+    console.print(f"[bold]draw a world[/bold] of {pictures:,} training pictures, five captions each")
     if not (data_folder / "items.jsonl").exists(): console.print(prepare_world(data_folder, n_train=pictures, seed=seed))
-    console.print("[bold]2 of 4  look at every picture once[/bold], with the small backbone of the package")
-    with Counting("features") as watch: extract(data_folder, make_backbone("shapes"), device, batch_size=64, progress=watch)
-    console.print("[bold]3 of 4  learn to say what is there[/bold]: ExpansionNet v2, cross-entropy")
-    with Training("training") as watch: train_recipe(data_folder, model_folder, how, device, watch, ["xe"])
-    console.print("[bold]4 of 4  test on pictures never seen[/bold], beam 3")
-    report(out, data_folder, model_folder, device)
+    with Training("training") as watch: train_recipe(data_folder, model_folder, how, device, watch, backbone=make_backbone("shapes"))
+    console.print("[bold]test on pictures never seen[/bold], beam 3")
+    report(out, data_folder, model_folder, how, device)
     console.print(f"{time.time() - began:.0f} seconds. Now try:")
     console.print(f"expnet caption {model_folder} '{data_folder}/images/test_00000*.png'")
 
 # %% ../../nbs/deploy/57_quickstart_command.ipynb #report
-def report(out: Path, data_folder: Path, model_folder: Path, device: str) -> None:
-    """Score the three test sets of the drawn world, print the table, write scores.json and gallery.png into `out`."""
+def report(out: Path, data_folder: Path, model_folder: Path, how: Recipe, device: str) -> None:
+    """Print the scores after each phase and of the last model on three test sets; write scores.json and gallery.png into `out`."""
     data, model = open_data(data_folder), load(model_folder, device)
+    names = [phase.name for phase in how.phases if isinstance(phase, Phase)]
+    rows = {f"after {name}": evaluate_split(load(model_folder / name, device), data)[1] for name in names[:-1]}
     results = {name: evaluate_split(model, data, split) for split, name in SETS.items()}
-    console.print(table({name: scores for name, (_, scores) in results.items()}))
-    gallery(out / "gallery.png", results["test"][0], data.of("test"))
-    results["test"][1].save(out / "scores.json")
+    console.print(table(rows | {name: scores for name, (_, scores) in results.items()}))
+    gallery(out / "gallery.png", results[SETS["test"]][0], data.of("test"))
+    results[SETS["test"]][1].save(out / "scores.json")
     console.print(f"twelve of the pictures with their captions: {out / 'gallery.png'}")
