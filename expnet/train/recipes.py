@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'prepare', 'extract', 'same_weights', 'open_data', 'backbone_of', 'Extract', 'Recipe', 'phases', 'recipe',
-           'train', 'Chain', 'new_model', 'sees', 'evaluate_split', 'prepare_world', 'rehearsal']
+           'train', 'Chain', 'look', 'learn', 'new_model', 'sees', 'evaluate_split', 'prepare_world', 'rehearsal']
 
 # %% ../../nbs/train/37_recipes.ipynb #imports
 from collections.abc import Callable, Sequence
@@ -155,8 +155,8 @@ def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "auto"
     last = max(map(how.names.index, only or how.names))
     for number, phase in enumerate(how.phases[:last + 1]):
         if only and phase.name not in only: chain.skip(phase)
-        elif isinstance(phase, Extract): chain.look(number, phase)
-        else: chain.learn(number, phase)
+        elif isinstance(phase, Extract): look(chain, number, phase)
+        else: learn(chain, number, phase)
     return chain.history
 
 # %% ../../nbs/train/37_recipes.ipynb #Chain
@@ -180,33 +180,34 @@ class Chain:
         if isinstance(phase, Extract) and (self.out / phase.name / "features.h5").exists(): self.features = self.out / phase.name
         elif (self.out / phase.name / "phase.json").exists(): self.begin_with(self.out / phase.name)
 
-    def look(self, number: int, phase: Extract) -> None:
-        """Compute features with the backbone as it is, unless they are there: in the data folder, or else in the phase's own."""
-        self.announce(number, phase)
-        backbone = self.backbone if self.model is None else self.model.backbone
-        known = backbone_of(self.folder, FeatureStore(self.folder / "features.h5")) if (self.folder / "features.h5").exists() else None
-        if known and (backbone is None or same_weights(backbone, known.state_dict())): return
-        if backbone is None: return
-        self.features = self.folder if self.model is None else self.out / phase.name
-        progress = lambda done, total: self.watch({"event": "features", "done": done, "total": total})
-        report = extract(self.features, backbone, str(self.here.device), load_items(self.folder / "items.jsonl"),
-                         batch_size=phase.batch, dtype=phase.dtype, progress=progress)
-        self.watch({"event": "note", "text": str(report)})
-
-    def learn(self, number: int, phase: Phase) -> None:
-        """Train the model, made now if there is none, on the pictures or on the features that go with its backbone."""
-        self.announce(number, phase)
-        data = open_data(self.folder, self.features)
-        if data.left_out: self.watch({"event": "note", "text": f"{data.left_out} pictures have no features and are left out"})
-        if self.model is None: self.model = new_model(self.how.preset, data, phase.seed)
-        if not phase.end_to_end and not sees(self.model, data):
-            raise UserError(f"phase {phase.name}: the features in {self.features} were made with another backbone; extract them again first")
-        self.history += fit(self.model, data, phase, self.out, self.watch, self.device, self.trained, self.track)
-        self.trained = True
-
     def announce(self, number: int, phase: Extract | Phase) -> None:
         """Tell `watch` that a phase begins."""
         self.watch({"event": "phase", "phase": phase, "number": number + 1, "of": len(self.how.phases)})
+
+# %% ../../nbs/train/37_recipes.ipynb #look
+def look(chain: Chain, number: int, phase: Extract) -> None:
+    """Compute features with the backbone as it is, unless they are there: in the data folder, or else in the phase's own."""
+    chain.announce(number, phase)
+    backbone = chain.backbone if chain.model is None else chain.model.backbone
+    known = backbone_of(chain.folder, FeatureStore(chain.folder / "features.h5")) if (chain.folder / "features.h5").exists() else None
+    if known and (backbone is None or same_weights(backbone, known.state_dict())): return
+    if backbone is None: return
+    chain.features = chain.folder if chain.model is None else chain.out / phase.name
+    progress = lambda done, total: chain.watch({"event": "features", "done": done, "total": total})
+    report = extract(chain.features, backbone, str(chain.here.device), load_items(chain.folder / "items.jsonl"),
+                     batch_size=phase.batch, dtype=phase.dtype, progress=progress)
+    chain.watch({"event": "note", "text": str(report)})
+
+def learn(chain: Chain, number: int, phase: Phase) -> None:
+    """Train the model, made now if there is none, on the pictures or on the features that go with its backbone."""
+    chain.announce(number, phase)
+    data = open_data(chain.folder, chain.features)
+    if data.left_out: chain.watch({"event": "note", "text": f"{data.left_out} pictures have no features and are left out"})
+    if chain.model is None: chain.model = new_model(chain.how.preset, data, phase.seed)
+    if not phase.end_to_end and not sees(chain.model, data):
+        raise UserError(f"phase {phase.name}: the features in {chain.features} were made with another backbone; extract them again first")
+    chain.history += fit(chain.model, data, phase, chain.out, chain.watch, chain.device, chain.trained, chain.track)
+    chain.trained = True
 
 # %% ../../nbs/train/37_recipes.ipynb #new-model
 def new_model(preset: str, data: Data, seed: int) -> ExpansionNet:
