@@ -55,7 +55,7 @@ def test_two_processes_extract_and_learn_like_one(folder):
     assert stores[0].ids == stores[1].ids and len(stores[0]) == 74
     assert abs(stores[0].read(stores[0].ids)[0].astype(float) - stores[1].read(stores[0].ids)[0]).max() < 2e-3
     one = run(folder, 1, "one")
-    assert len(one) == len(two) == 2 * 3 * 7
+    assert len(one) == len(two) == 4 * 3 * 7               # phases, epochs, steps
     assert max(abs(a - b) for a, b in zip(one[:20], two[:20])) < 1e-5
     histories = [[h for h in read_jsonl(folder / name / "xe" / "history.jsonl") if "epoch" in h] for name in ("one", "two")]
     assert [h["captions"] for h in histories[0]] == [h["captions"] for h in histories[1]]

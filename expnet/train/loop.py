@@ -224,7 +224,7 @@ def fit(model: Captioner, data: Data, phases: Phase | Sequence[Phase], out: str 
     history = []
     for phase in [phases] if isinstance(phases, Phase) else phases:
         run = Run(model, data, phase, Path(out) / phase.name, device, **({"log_with": track} if track else {}))
-        if run.main: clean(run.out)
+        if run.main: clean(Path(out), run.out)
         if track: run.accelerator.init_trackers(phase.name, config=settings(run))
         try: history += run_phase(run, trained, watch if run.main else lambda event: None)
         except Diverged as error:
@@ -235,6 +235,6 @@ def fit(model: Captioner, data: Data, phases: Phase | Sequence[Phase], out: str 
         trained = True
     return history
 
-def clean(folder: Path) -> None:
-    """Remove what a killed process left half written."""
-    for part in folder.glob(".*.part"): part.unlink(missing_ok=True)
+def clean(*folders: Path) -> None:
+    """Remove what a killed process left half written in `folders`."""
+    for part in (part for folder in folders for part in folder.glob(".*.part")): part.unlink(missing_ok=True)
