@@ -1,11 +1,18 @@
-"""Self-critical learning: recorded values, both ways of sampling, words a step."""
+"""Self-critical learning: recorded values, both ways of sampling, words a step; and what a step costs."""
 import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from as_published import as_published, sample_with_gradient
 from expnet.data.captions import Vocab
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.score.reward import spoken
@@ -13,7 +20,9 @@ from expnet.tools import seed_all
 from expnet.train.self_critical import advantage, log_policy, policy_gradient, say, say_coupled, score_words, self_critical
 
 GOLDEN = Path(__file__).parent / "golden"
-VOCAB = Vocab(["EOS", "PAD", "SOS", "UNK", *(f"w{i}" for i in range(12))])
+SPECIALS = ["EOS", "PAD", "SOS", "UNK"]
+VOCAB = Vocab([*SPECIALS, *(f"w{i}" for i in range(12))])
+measured = pytest.mark.skipif(not os.environ.get("EXPNET_MEASURE"), reason="set EXPNET_MEASURE=1 to measure time and memory")
 
 
 class Length:
@@ -96,3 +105,70 @@ def test_a_reward_for_length_makes_sentences_longer(options):
     assert learnt.logp.shape == learnt.tokens.shape and not learnt.logp.requires_grad and learnt.rewards.shape == (4, 5)
     assert lengths[0] < 6.5 and np.mean(lengths[-5:]) > 7.5
     assert model.training and all(m.training for m in model.modules())
+
+
+# --- what it costs (EXPNET_MEASURE=1)
+
+X = torch.randn(8, 144, 1536, generator=torch.Generator().manual_seed(0))
+IDS = [str(i) for i in range(8)]
+
+
+class Sum:
+    "A reward that costs nothing."
+    signature = "sum"
+    def __call__(self, ids, tokens): return tokens.double().mean(-1).numpy()
+
+
+def full_size() -> ExpansionNet:
+    "The published sizes and dropout of the RL phases; its samples never end early (random weights say EOS once in 10,000 words)."
+    seed_all(0)
+    return ExpansionNet(ExpansionNetConfig(dropout=0.1), Vocab([*SPECIALS, *(f"w{i}" for i in range(9_996))]))
+
+
+def step_here(model: ExpansionNet, coupled: bool = False) -> None:
+    "One step of this package, with its gradient."
+    model.zero_grad()
+    self_critical(model, model.encode(X), IDS, Sum(), 5, 20, coupled=coupled).loss.backward()
+
+
+def step_published(model: ExpansionNet) -> None:
+    "One step the published way: sampling with gradient, the whole decoder for every word, on five copies of the regions."
+    model.zero_grad()
+    memory = model.encode(X)
+    tokens, logp = sample_with_gradient(model, memory, 5, 20)
+    better = advantage(torch.as_tensor(Sum()(IDS, tokens.view(8, 5, -1))))
+    policy_gradient(logp.view(8, 5, -1), torch.ones(8, 5, 20, dtype=torch.bool), better).backward()
+
+
+def cpu(step, *given) -> float:
+    start = time.process_time()
+    step(*given)
+    return time.process_time() - start
+
+
+def report(what: str) -> None:
+    "In a process of its own: CPU seconds a step, and the highest memory, as JSON."
+    torch.set_num_threads(1)
+    ours, theirs = full_size(), as_published(full_size())
+    found = {"here": [], "coupled": [], "published": []}
+    cpu(step_here, ours)
+    for _ in range(2 if what == "all" else 1):
+        found["here"] += [cpu(step_here, ours) for _ in range(3)]
+        if what == "all":
+            found["published"].append(cpu(step_published, theirs))
+            found["coupled"].append(cpu(step_here, ours, True))
+    seconds = {name: statistics.median(values) for name, values in found.items() if values}
+    print(json.dumps({"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+
+
+@measured
+def test_cost_of_a_step():
+    "Ten gigabytes are needed for the published way."
+    one, both = (json.loads(subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=True).stdout)
+                 for what in ("here", "all"))
+    print("here alone:", one, "interleaved:", both)
+    assert one["peak_gb"] <= 2.2
+    assert both["seconds"]["published"] / both["seconds"]["here"] >= 6
+
+
+if __name__ == "__main__": report(sys.argv[1])
