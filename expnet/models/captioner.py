@@ -41,6 +41,15 @@ class Past:
 
     def __len__(self) -> int: return len(self.kept)
 
+    @property
+    def said(self) -> int:
+        """How many positions are filled: the place of the next one."""
+        return self.kept.shape[0]
+
+    def real(self, new: int) -> Tensor:
+        """Which positions are filled once `new` more are appended: [1, T + new], here all."""
+        return torch.ones(1, self.said + new, dtype=torch.bool, device=self.kept.device)
+
     def select(self, rows: Tensor) -> "Past":
         """The same past for other rows; nothing is copied yet."""
         return Past(self.kept, rows if self.rows is None else self.rows[rows])

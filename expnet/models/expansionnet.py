@@ -148,11 +148,12 @@ class WordVectors(nn.Module):
         super().__init__()
         self.embed, self.position, self.dropout = nn.Embedding(vocab, dim), nn.Embedding(places, dim), Dropout(dropout)
 
-    def forward(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Vectors [R, T, D] of tokens [R, T] that stand at places first, first + 1, ..."""
+    def forward(self, tokens: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Vectors [R, T, D] of tokens [R, T] that stand at places first, first + 1, ... (a number; in an exported graph a tensor)."""
         last, places = first + tokens.shape[1], len(self.position.weight)
-        if last > places: raise ValueError(f"{last} tokens, but the model has {places} positions")
-        return sqrt(self.embed.embedding_dim) * self.dropout(self.embed(tokens)) + self.position.weight[first:last]
+        if not isinstance(last, Tensor) and last > places: raise ValueError(f"{last} tokens, but the model has {places} positions")
+        place = self.position(first + torch.arange(tokens.shape[1], device=tokens.device))
+        return sqrt(self.embed.embedding_dim) * self.dropout(self.embed(tokens)) + place
 
 # %% ../../nbs/models/17_expansionnet.ipynb #ExpansionNet
 class ExpansionNet(Captioner):
@@ -191,9 +192,8 @@ class ExpansionNet(Captioner):
 
     def step(self, memory: Memory, state: list[Past], previous: Tensor, look: bool = False) -> Step:
         """Log-probabilities [R, K, V] after `previous` [R, K], from the pasts of all words before them; maps of the last layer."""
-        old, pasts = len(state[0]), []
-        keep = causal(previous.new_ones(1, old + previous.shape[1], dtype=torch.bool), self.K)
-        outputs = [self.words(previous, old)]
+        keep, pasts = causal(state[0].real(previous.shape[1]), self.K), []
+        outputs = [self.words(previous, state[0].said)]
         for layer, kv, past in zip(self.decoder, memory.cache, state):
             y, longer = layer.step(outputs[-1], past, keep, kv, memory.mask)
             outputs, pasts = [*outputs, y], [*pasts, longer]
