@@ -68,6 +68,35 @@ def test_words_behind_the_end_get_no_gradient(K, coupled):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_a_critic_is_asked_word_by_word_and_its_values_come_back():
+    "Advantage = return - value at every said word; the value is a constant for the actor, and has its gradient for its own loss."
+    model, worth = net().eval(), torch.nn.Parameter(torch.tensor(0.25))
+    memory = model.encode(torch.randn(3, 4, 6))
+    values = lambda memory, tokens, rewards: worth.expand(tokens.shape)
+    torch.manual_seed(0)
+    learnt = self_critical(model, memory, ["a", "b", "c"], Length(), n=2, max_len=8, baseline=values, discount=0.5)
+    said = spoken(learnt.tokens, VOCAB)
+    lengths = said.sum(-1)
+    for b, i in [(b, i) for b in range(3) for i in range(2)]:
+        T = int(lengths[b, i])
+        wanted = torch.tensor([0.5**(T - 1 - t) * float(learnt.rewards[b, i]) for t in range(T)])
+        assert (learnt.returns[b, i, :T] - wanted).abs().max() < 1e-6
+    assert (learnt.advantage - (learnt.returns - 0.25).masked_fill(~said, 0)).abs().max() < 1e-6
+    assert torch.autograd.grad(learnt.loss, worth, retain_graph=True, allow_unused=True)[0] is None
+    (slope,) = torch.autograd.grad((learnt.values[said] - learnt.returns[said]).square().mean(), worth)
+    assert abs(slope - 2 * (0.25 - learnt.returns[said].mean())) < 1e-5
+
+
+def test_a_discount_keeps_the_baseline_whole():
+    "With siblings as baseline only the score is discounted: a baseline times a power of the length to come would depend on later words."
+    model = net().eval()
+    memory = model.encode(torch.randn(3, 4, 6))
+    torch.manual_seed(0)
+    learnt = self_critical(model, memory, ["a", "b", "c"], Length(), n=3, max_len=8, discount=0.9)
+    said, base = spoken(learnt.tokens, VOCAB), learnt.rewards - advantage(learnt.rewards)
+    assert (learnt.advantage - (learnt.returns - base[..., None])).masked_fill(~said, 0).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_both_ways_give_the_same_probabilities_without_dropout(K):
     model = net(K).eval()
