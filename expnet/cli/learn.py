@@ -20,6 +20,7 @@ from .app import Counting, Device, Folder, Positive, app, console
 from ..data.captions import captions_file, karpathy
 from ..models.backbone import make_backbone
 from ..tools import UserError, pick_device
+from ..train.checkpoints import MODELS
 from ..train.recipes import extract, prepare as prepare_items, recipe, train as train_recipe
 from ..train.step import Phase
 
@@ -108,6 +109,7 @@ Out = Annotated[Path, typer.Option(help="The model folder to write; each phase h
 
 @app.command()
 def train(folder: Folder, out: Out, recipe_name: Annotated[str, typer.Option("--recipe", help="tiny, flickr8k or coco.")] = "flickr8k",
+          model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "ExpansionNet",
           phases: Annotated[str, typer.Option(help="Only these, such as xe,scst. [default: all of the recipe]")] = "",
           backbone: Annotated[str, typer.Option(help="For the first phase, if there are no features: see features.")] = None,
           weights: Annotated[str, typer.Option(help="Of that backbone: a file, or hub for the library's own.")] = "hub",
@@ -120,11 +122,11 @@ def train(folder: Folder, out: Out, recipe_name: Annotated[str, typer.Option("--
           precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = None,
           track: Annotated[str, typer.Option(help="A tracker of Accelerate, such as tensorboard.")] = None,
           device: Device = "auto") -> None:
-    """Train ExpansionNet v2 on FOLDER, phase by phase; each keeps the model with the best CIDEr-D on the validation split."""
+    """Train a captioner on FOLDER, phase by phase; each keeps the model with the best CIDEr-D on the validation split."""
     console.quiet = int(os.environ.get("RANK", 0)) > 0
     given = {"epochs": epochs, "batch": batch_size, "accumulate": accumulate, "captions": captions, "lr": lr, "seed": seed,
              "patience": patience, "precision": precision}
-    how = recipe(recipe_name).change(**{name: value for name, value in given.items() if value is not None})
+    how = recipe(recipe_name, model).change(**{name: value for name, value in given.items() if value is not None})
     eye = make_backbone(backbone, weights) if backbone else None
     with Training("training") as watch:
         history = train_recipe(folder, out, how, device, watch, [p for p in phases.split(",") if p], eye, start, track)

@@ -27,7 +27,7 @@ MODELS = {"ExpansionNet": "expnet.models.expansionnet:ExpansionNetConfig:Expansi
 
 def kind_of(name: str, where: str) -> tuple[type, type]:
     """The config class and the model class called `name`; UserError, starting with `where`, for a name that is not in MODELS."""
-    if name not in MODELS: raise UserError(f"{where}: field 'kind': unknown model {name!r} (known: {', '.join(MODELS)})")
+    if name not in MODELS: raise UserError(f"{where}: unknown model {name!r} (known: {', '.join(MODELS)})")
     module, config, model = MODELS[name].split(":")
     return getattr(import_module(module), config), getattr(import_module(module), model)
 
@@ -66,7 +66,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if lacking: raise UserError(f"{where}: field {sorted(lacking)[0]!r} is missing")
     if config["vocab"] != vocab.fingerprint:
         raise UserError(f"{folder / 'vocab.json'}: not the vocabulary that this model was trained with")
-    make_config, make_model = kind_of(config["kind"], str(where))
+    make_config, make_model = kind_of(config["kind"], f"{where}: field 'kind'")
     try: sizes = make_config(**config["config"])
     except TypeError as error: raise UserError(f"{where}: field 'config': {error}") from error
     with Undrawn(): model = make_model(sizes, vocab, from_spec(config["backbone"]) if config["backbone"] else None)

@@ -24,11 +24,11 @@ from ..decode.caption import caption_stored
 from ..decode.search import Beam
 from ..models.captioner import Captioner
 from ..score.evaluate import evaluate
-from ..score.reward import CiderDReward, References
+from ..score.reward import References
 from ..tools import UserError, read_json, read_jsonl, seed_all, write_json, write_jsonl
 from .checkpoints import fill, load_state, random_state, save_model, save_state, set_random_state
 from .optimisers import learning_rate
-from .step import Diverged, Learner, Phase, training_mode
+from .step import Diverged, Learner, Phase, loss_of, training_mode
 
 # %% ../../nbs/train/41_loop.ipynb #Data
 @dataclass(frozen=True)
@@ -61,13 +61,14 @@ class Run:
     def __init__(self, model: Captioner, data: Data, phase: Phase, out: Path, device: str = "auto", **options: Any):
         data.of("val")                                        # missing pictures are reported now, not after an epoch
         self.model, self.data, self.phase, self.out, self.store = model, data, phase, out, data.source(phase)
-        reward = CiderDReward(References.build(data.of("train"), data.vocab)) if phase.loss == "scst" else None
+        way = loss_of(phase.loss)
+        reward = way.reward(References.build(data.of("train"), data.vocab)) if way.reward else None
         self.learner = Learner(model, phase, device, reward, project_dir=out, **options)
         self.accelerator = self.learner.accelerator
         self.rank, self.world, self.main = (getattr(self.accelerator, name) for name in ("process_index", "num_processes", "is_main_process"))
         seed_all(phase.seed + 1_000_003 * self.rank, threads=None)
         self.batches = Batches(data.of("train"), data.vocab, self.store, phase.batch * phase.accumulate, rank=self.rank,
-                               captions=phase.captions if phase.loss == "xe" else 0, seed=phase.seed, world=self.world,
+                               captions=0 if way.reward else phase.captions, seed=phase.seed, world=self.world,
                                max_len=min(phase.max_len or model.max_len, model.max_len))
         self.epoch = self.position = self.step = self.stale = 0
         self.best, self.sums, self.history = -1.0, {}, []

@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'prepare', 'extract', 'same_weights', 'open_data', 'backbo
 # %% ../../nbs/train/42_recipes.ipynb #imports
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ from ..decode.caption import Captioned, caption_stored
 from ..decode.search import Beam, How
 from ..models.backbone import Backbone, from_spec, read_weights
 from ..models.captioner import Captioner
-from ..models.expansionnet import ExpansionNet, ExpansionNetConfig
 from ..score.evaluate import Scores, evaluate
 from ..tools import UserError, seed_all
-from .checkpoints import fill, load, save_tensors
+from .checkpoints import fill, kind_of, load, save_tensors
 from .loop import Data, Watch, fit
 from .step import Phase
 
@@ -97,9 +97,10 @@ class Extract:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The preset of a model and the phases of its training."""
+    """The preset and the kind of a model, and the phases of its training."""
     preset: str
     phases: tuple[Extract | Phase, ...]
+    kind: str = "ExpansionNet"
 
     @property
     def names(self) -> tuple[str, ...]: return tuple(phase.name for phase in self.phases)
@@ -135,16 +136,17 @@ RECIPES = {
         optimiser="radam", schedule="hyperbolic", weight_decay=0.0, clip=float("inf"), validate=5000, precision="bf16", seed=775533)),
 }
 
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`; UserError lists the known ones."""
-    if name not in RECIPES: raise UserError(f"recipe {name!r}: choose {' or '.join(RECIPES)}")
-    return RECIPES[name]
+def recipe(name: str, kind: str = "ExpansionNet") -> Recipe:
+    """The recipe called `name` for models of this kind, which are in RECIPES here or beside their class; UserError lists the known ones."""
+    known = RECIPES if kind == "ExpansionNet" else import_module(kind_of(kind, "recipe")[1].__module__).RECIPES
+    if name not in known: raise UserError(f"recipe {name!r}: choose {' or '.join(known)}")
+    return known[name]
 
 # %% ../../nbs/train/42_recipes.ipynb #evaluate-split
 def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "auto", watch: Watch = lambda event: None,
           only: Sequence[str] = (), backbone: Backbone | None = None, start: str | Path | None = None,
           track: str | None = None) -> list[dict[str, Any]]:
-    """Train ExpansionNet v2 on the data `folder` as the recipe says; the history. `out` becomes the model folder.
+    """Train a captioner on the data `folder` as the recipe says; the history. `out` becomes the model folder.
 
     only: the phases to go through (default: all). backbone: for the first phase, if there are no features yet. start: a model
     folder to begin with. track: see `fit`."""
@@ -203,17 +205,18 @@ def learn(chain: Chain, number: int, phase: Phase) -> None:
     chain.announce(number, phase)
     data = open_data(chain.folder, chain.features)
     if data.left_out: chain.watch({"event": "note", "text": f"{data.left_out} pictures have no features and are left out"})
-    if chain.model is None: chain.model = new_model(chain.how.preset, data, phase.seed)
+    if chain.model is None: chain.model = new_model(chain.how, data, phase.seed)
     if not phase.end_to_end and not sees(chain.model, data):
         raise UserError(f"phase {phase.name}: the features in {chain.features} were made with another backbone; extract them again first")
     chain.history += fit(chain.model, data, phase, chain.out, chain.watch, chain.device, chain.trained, chain.track)
     chain.trained = True
 
 # %% ../../nbs/train/42_recipes.ipynb #new-model
-def new_model(preset: str, data: Data, seed: int) -> ExpansionNet:
-    """A seeded ExpansionNet that fits the data, with the backbone of its features."""
+def new_model(how: Recipe, data: Data, seed: int) -> Captioner:
+    """A seeded model of the recipe's kind and preset that fits the data, with the backbone of its features."""
+    make_config, make_model = kind_of(how.kind, "recipe")
     seed_all(seed, threads=None)
-    return ExpansionNet(ExpansionNetConfig.preset(preset, data.store.dim), data.vocab, data.backbone)
+    return make_model(make_config.preset(how.preset, data.store.dim), data.vocab, data.backbone)
 
 def sees(model: Captioner, data: Data) -> bool:
     """Whether the stored features are what the model's own backbone sees; True if one of the two is not known."""
