@@ -93,13 +93,19 @@ def test_processes_together_see_what_one_sees(world, captions):
 @given(st.integers(1, 9), st.integers(0, 3), st.integers(1, 12))
 def test_a_batch_splits_into_as_many_parts_as_asked_for(pictures, captions, parts):
     tokens = torch.arange(pictures * captions)[:, None].expand(-1, 4)
-    batch = Batch([str(i) for i in range(pictures)], torch.arange(pictures)[:, None, None], torch.ones(pictures, 1), tokens)
+    batch = Batch([str(i) for i in range(pictures)], torch.arange(pictures)[:, None, None], torch.ones(pictures, 1), tokens, epoch=7)
     pieces = batch.split(parts)
+    assert {piece.to("cpu").epoch for piece in pieces} == {7}
     real = [piece for piece in pieces if not piece.filler]
     assert len(pieces) == parts and all(len(piece) for piece in pieces) and len(real) == min(parts, pictures)
     assert sum((piece.ids for piece in real), []) == batch.ids
     assert torch.cat([piece.tokens for piece in real]).equal(batch.tokens) and torch.cat([piece.x for piece in real]).equal(batch.x)
     assert all(piece.filler for piece in Batch(batch.ids, batch.x, batch.mask, tokens, filler=True).split(parts))
+
+
+def test_a_batch_knows_its_epoch():
+    items, vocab = some()
+    assert [batch.epoch for batch in Batches(items, vocab, Table(), 4).epoch(3, start=1)][:2] == [3, 3]
 
 
 def test_features_and_captions_belong_together_and_are_read_once():

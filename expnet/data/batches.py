@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -111,25 +111,26 @@ class Store(Protocol):
 class Batch:
     """Samples of one step: B ids, x [B, N, D] as stored, mask [B, N], tokens int64 [B*n, T] (SOS .. EOS, PAD), image-major.
 
-    filler: the samples do not count; they are there because every process must have something to do."""
+    filler: the samples do not count; they are there because every process must have something to do. epoch: from 0."""
     ids: list[str]
     x: Tensor
     mask: Tensor
     tokens: Tensor
     filler: bool = False
+    epoch: int = 0
 
     def __len__(self) -> int: return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
         x, mask, tokens = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.mask, self.tokens))
-        return Batch(self.ids, x, mask, tokens, self.filler)
+        return replace(self, x=x, mask=mask, tokens=tokens)
 
     def part(self, start: int, stop: int, filler: bool = False) -> "Batch":
         """Samples start .. stop-1 with their captions."""
         n = len(self.tokens) // len(self)
         return Batch(self.ids[start:stop], self.x[start:stop], self.mask[start:stop], self.tokens[n * start:n * stop],
-                     self.filler or filler)
+                     self.filler or filler, self.epoch)
 
     def split(self, parts: int) -> list["Batch"]:
         """The batch as `parts` batches of nearly equal size, in order; where there is no sample left, a filler."""
@@ -181,7 +182,7 @@ class Batches:
         """The batch of these samples as it is in `epoch`, read from the store; of no samples, a filler."""
         images, rows = samples_to_rows(samples if len(samples) else np.array([0]), epoch, self.rows, self.captions)
         ids, tokens = [self.items[i].id for i in images], pad_rows([self.rows[r] for r in rows], self.vocab.pad)
-        return Batch(ids, *read_once(self.store, ids), tokens, filler=not len(samples))
+        return Batch(ids, *read_once(self.store, ids), tokens, filler=not len(samples), epoch=epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from position `start` on, read ahead in the background."""
