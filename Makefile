@@ -3,22 +3,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+EXTRAS := dev,metrics,docs
 # One thread a process: several processes use the cores, spinning thread pools do not.
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup quickstart test notebooks lab run export clean
+.PHONY: help setup quickstart test notebooks docs lab run export clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/ready  ## create .venv and install the package with its development tools
 
 .venv/ready: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -e ".[dev,metrics]" || $(BIN)/python -m pip install -q -e ".[dev,metrics]"
+	$(BIN)/uv pip install -q --python $(BIN)/python -e ".[$(EXTRAS)]" || $(BIN)/python -m pip install -q -e ".[$(EXTRAS)]"
 	touch $@
 
 quickstart: setup  ## draw a world, learn to caption it, show scores and a picture (minutes, no GPU)
@@ -29,6 +30,9 @@ test: setup notebooks  ## what CI runs: every notebook, then pytest (which also 
 
 notebooks: setup  ## execute every notebook
 	$(BIN)/nbdev-test --n-workers $(WORKERS)
+
+docs: setup  ## render the site into _docs/html, offline; a warning is an error
+	$(BIN)/python docs/build.py
 
 lab: setup  ## open the walkthrough in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -22,7 +22,7 @@ def cells(path: Path, kind: str) -> list[str]:
 
 def test_notebooks_are_clean_and_the_package_is_in_sync(tmp_path):
     copy = tmp_path / "repository"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "scratch", "__pycache__", "*.egg-info", ".*cache", ".hypothesis"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "_docs", "scratch", "__pycache__", "*.egg-info", ".*cache", ".hypothesis"))
     bin = Path(sys.executable).parent
     for command in ("nbdev-clean", "nbdev-export"):
         subprocess.run([bin / command], cwd=copy, check=True, capture_output=True, env={**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"})
