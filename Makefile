@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
-EXTRAS := dev,metrics,docs
+EXTRAS := dev,metrics,onnx,docs
 # One thread a process: several processes use the cores, spinning thread pools do not.
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -76,7 +76,7 @@ class CrossAttention(nn.Module):
 
     def weights(self, y: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """How words y [R, T, D] divide their attention: [B, heads, rows·words, N]; a picture without regions gets equal shares."""
-        query = self.split(self.query(y).reshape(len(keys), -1, y.shape[-1]))
+        query = self.split(self.query(y).reshape(keys.shape[0], -1, y.shape[-1]))
         scores = query @ keys.transpose(-1, -2) / sqrt(keys.shape[-1])
         return scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min).softmax(-1)
 
@@ -188,7 +188,7 @@ class ExpansionNet(Captioner):
 
     def start(self, memory: Memory) -> list[Past]:
         """An empty past [0, B, 4·dim] for every layer."""
-        return [Past(memory.x.new_zeros(0, len(memory.x), 4 * self.config.dim)) for _ in self.decoder]
+        return [Past(memory.x.new_zeros(0, memory.x.shape[0], 4 * self.config.dim)) for _ in self.decoder]
 
     def step(self, memory: Memory, state: list[Past], previous: Tensor, look: bool = False) -> Step:
         """Log-probabilities [R, K, V] after `previous` [R, K], from the pasts of all words before them; maps of the last layer."""
