@@ -103,7 +103,9 @@ def read_ahead(make: Callable[[Any], Any], jobs: Iterable, depth: int = 2) -> It
 
 # %% ../../nbs/data/07_batches.ipynb #Store
 class Store(Protocol):
-    """Where features come from: read(ids) gives x [B, N, D] and mask [B, N] (True = real region), in the order of `ids`."""
+    """Where features come from: read(ids) gives x [B, N, D] and mask [B, N] (True = real region), in the order of `ids`.
+
+    A store whose features change from epoch to epoch in training also has in_epoch(epoch), the store as it is then."""
     def read(self, ids: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
 
 # %% ../../nbs/data/07_batches.ipynb #0f24654e
@@ -182,7 +184,8 @@ class Batches:
         """The batch of these samples as it is in `epoch`, read from the store; of no samples, a filler."""
         images, rows = samples_to_rows(samples if len(samples) else np.array([0]), epoch, self.rows, self.captions)
         ids, tokens = [self.items[i].id for i in images], pad_rows([self.rows[r] for r in rows], self.vocab.pad)
-        return Batch(ids, *read_once(self.store, ids), tokens, filler=not len(samples), epoch=epoch)
+        store = self.store.in_epoch(epoch) if hasattr(self.store, "in_epoch") else self.store
+        return Batch(ids, *read_once(store, ids), tokens, filler=not len(samples), epoch=epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from position `start` on, read ahead in the background."""
@@ -226,7 +229,10 @@ class Pictures:
 
     def __contains__(self, id: str) -> bool: return id in self.paths
 
+    def one(self, id: str) -> Tensor:
+        """The prepared picture [3, S, S]."""
+        return self.prepare.read(self.paths[id])
+
     def read(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        with ThreadPoolExecutor(self.threads) as pool:
-            pictures = list(pool.map(lambda id: self.prepare.read(self.paths[id]), ids))
+        with ThreadPoolExecutor(self.threads) as pool: pictures = list(pool.map(self.one, ids))
         return torch.stack(pictures).numpy(), np.ones((len(ids), self.regions), bool)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..data.augment import Augmented
 from ..data.batches import Batches, Store
 from ..data.captions import Item, Vocab, of_split
 from ..decode.caption import caption_stored
@@ -48,10 +49,10 @@ class Data:
         return found
 
     def source(self, phase: Phase) -> Store:
-        """The store that `phase` reads: pictures if its backbone learns, else features; UserError if it is not there."""
-        found, kind = (self.pictures, "pictures") if phase.end_to_end else (self.store, "features")
+        """The store that `phase` reads: pictures if its backbone learns or they are to vary, else features; UserError if it is not there."""
+        found, kind = (self.pictures, "pictures") if phase.end_to_end or phase.augment else (self.store, "features")
         if found is None: raise UserError(f"phase {phase.name}: needs {kind}, and this data has none")
-        return found
+        return Augmented(self.items, found.prepare, found.regions, phase.seed) if phase.augment else found
 
 # %% ../../nbs/train/41_loop.ipynb #Phase
 class Run:

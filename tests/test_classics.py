@@ -1,0 +1,115 @@
+"""What every classic promises: one pass equals the loop, rows are their own, eight pictures are learned by heart, a folder is the model."""
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from expnet.data.batches import Batches
+from expnet.data.captions import Item, Vocab
+from expnet.data.shapes import shapes
+from expnet.decode.search import Beam, decode
+from expnet.models.backbone import make_backbone
+from expnet.models.captioner import unroll
+from expnet.score.evaluate import evaluate
+from expnet.tools import seed_all
+from expnet.train.checkpoints import kind_of, load, save_model
+from expnet.train.recipes import evaluate_split, open_data, prepare_world, recipe, train
+from expnet.train.step import Learner, Phase, training_mode
+
+KINDS = ["ShowTell", "ShowAttendTell"]
+measured = pytest.mark.skipif(not os.environ.get("EXPNET_MEASURE"), reason="minutes of training: set EXPNET_MEASURE=1")
+
+
+class Drawn:
+    """Eight drawn pictures, as pictures or as the regions that the backbone of the drawn world sees."""
+    def __init__(self):
+        self.records, self.eye, self.pixels = shapes(8, 0, 0, 0, 0), make_backbone("shapes"), False
+        self.items = [Item(r.id, "", "train", r.captions[:1]) for r in self.records]
+        self.vocab = Vocab.build(self.items, min_count=1)
+        pictures = torch.stack([self.eye.prepare(Image.fromarray(r.picture())) for r in self.records])
+        with torch.no_grad(): self.x = {True: pictures.numpy(), False: self.eye(pictures).numpy()}
+
+    def read(self, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        places = [next(i for i, item in enumerate(self.items) if item.id == id) for id in ids]
+        return self.x[self.pixels][places], np.ones((len(ids), 64), bool)
+
+
+@pytest.fixture
+def drawn() -> Drawn: return Drawn()
+
+
+def tiny(kind: str, drawn: Drawn, **sizes):
+    """A seeded model of this kind in its size for the drawn world."""
+    make_config, make_model = kind_of(kind, "test")
+    seed_all(0)
+    return make_model(replace(make_config.preset("tiny", 128), **sizes), drawn.vocab, make_backbone("shapes"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_pass_equals_the_loop_and_rows_are_their_own(kind, drawn):
+    model, generator = tiny(kind, drawn).eval(), torch.Generator().manual_seed(0)
+    x, mask = torch.randn(3, 9, 128, generator=generator), torch.ones(3, 9, dtype=torch.bool)
+    tokens = torch.randint(4, len(drawn.vocab), (6, 7), generator=generator)
+    tokens[:, 0] = drawn.vocab.sos
+    mask[1, 5:] = False
+    with torch.no_grad():
+        memory = model.encode(x, mask)
+        parallel, loop = model(memory, tokens).log_softmax(-1), unroll(model, memory, tokens)
+        alone = model(model.encode(x[1:2, :5]), tokens[2:4]).log_softmax(-1)
+        longer = model(memory, torch.cat([tokens, torch.full((6, 3), drawn.vocab.pad)], 1)).log_softmax(-1)
+    torch.testing.assert_close(parallel, loop, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parallel[2:4], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parallel, longer[:, :7], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_pictures_are_learned_by_heart_and_the_folder_says_the_same(kind, drawn, tmp_path):
+    model = tiny(kind, drawn)
+    phase = replace(recipe("tiny", kind).phases[1], captions=1, epochs=1)
+    learner, batches = Learner(model, phase, "cpu"), Batches(drawn.items, drawn.vocab, drawn, 8)
+    training_mode(model)
+    for epoch in range(100): learner.step(batches.load(batches.plan(epoch)[0], epoch), phase.lr * min(1, (epoch + 1) / 10))
+    model.eval()
+    captions = lambda model: [texts[0] for texts in decode(model, model.encode(torch.from_numpy(drawn.x[False])), Beam(3)).texts(drawn.vocab)]
+    said = captions(model)
+    score = lambda captions: evaluate({item.id: text for item, text in zip(drawn.items, captions)}, drawn.items).totals["CIDEr-D"]
+    assert score(said) > 0.97 * score([item.captions[0] for item in drawn.items])
+    assert captions(load(save_model(tmp_path / kind, model))) == said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", ["body", "all"])
+def test_the_statistics_of_the_backbone_stay_and_those_of_the_body_learn(kind, who, drawn):
+    model, drawn.pixels = tiny(kind, drawn), True
+    statistics = lambda: {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    before = statistics()
+    learner, batches = Learner(model, Phase(train=who, captions=1), "cpu"), Batches(drawn.items, drawn.vocab, drawn, 4)
+    training_mode(model)
+    for batch in batches.epoch(0): learner.step(batch, 1e-3)
+    moved = {name for name, values in statistics().items() if not torch.equal(values, before[name])}
+    assert any(name.startswith("backbone.") for name in before)
+    assert moved == {name for name in before if not name.startswith("backbone.")}
+
+
+def test_a_batch_of_one_picture_can_be_learned(drawn):
+    model = tiny("ShowTell", drawn)
+    learner, batches = Learner(model, Phase(captions=1), "cpu"), Batches(drawn.items[:1], drawn.vocab, drawn, 4)
+    training_mode(model)
+    assert learner.step(next(batches.epoch(0)), 1e-3)["loss"] > 0
+
+
+@measured
+@pytest.mark.parametrize("kind, least", [("ShowTell", 1.0), ("ShowAttendTell", 1.6)])
+def test_four_minutes_on_the_drawn_world_are_enough(kind, least, tmp_path):
+    import time
+    prepare_world(tmp_path / "data")
+    train(tmp_path / "data", tmp_path / "none", recipe("tiny", kind), "cpu", only=["features"], backbone=make_backbone("shapes"))
+    began = time.process_time()
+    train(tmp_path / "data", tmp_path / "model", recipe("tiny", kind), "cpu", only=recipe("tiny", kind).names[:2])
+    spent = time.process_time() - began
+    scores = evaluate_split(load(tmp_path / "model"), open_data(tmp_path / "data"))[1]
+    print(f"{kind}: CIDEr-D {scores.totals['CIDEr-D']:.3f}, BLEU-4 {scores.totals['BLEU-4']:.3f}, {spent:.0f} CPU-seconds")
+    assert scores.totals["CIDEr-D"] >= least and spent < 240
