@@ -3,12 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
-EXTRAS := dev,metrics,onnx,docs
+EXTRAS := dev,metrics,onnx,docs,serve
 # One thread a process: several processes use the cores, spinning thread pools do not.
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup quickstart test notebooks docs lab run export clean
+.PHONY: help setup quickstart test test-browser notebooks docs lab run export clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,11 @@ quickstart: setup  ## draw a world, learn to caption it, show scores and a pictu
 
 test: setup notebooks  ## what CI runs: every notebook, then pytest (which also checks that notebooks are clean and exported)
 	$(BIN)/python -m pytest
+	$(MAKE) test-browser
+
+test-browser: setup  ## JupyterLab, the site and expnet serve in headless Chromium; skipped by name where there is none
+	@which chromium chromium-browser google-chrome >/dev/null || timeout 300 sh -c "apt-get update && apt-get install -y --no-install-recommends chromium" >/dev/null 2>&1 || true
+	$(BIN)/python -m pytest -m browser -rs
 
 notebooks: setup  ## execute every notebook
 	$(BIN)/nbdev-test --n-workers $(WORKERS)

@@ -15,7 +15,7 @@ def names(section: str, key: str) -> list[str]:
 
 setup(
     packages=find_packages(include=["expnet", "expnet.*"]),
-    package_data={"expnet": ["models/*.safetensors"]},
+    package_data={"expnet": ["models/*.safetensors", "cli/*.html"]},
     install_requires=names("requirements", "core"),
     extras_require={extra: names("extras", extra) for extra in lists["extras"]},
 )

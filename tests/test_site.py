@@ -1,8 +1,6 @@
 """The site: rendered without a warning, every link, anchor and picture there, small enough to carry around."""
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -25,14 +23,6 @@ class Page(HTMLParser):
         for key, value in attributes:
             if key in ("id", "name") and value: self.ids.add(value)
             if key in ("href", "src") and value: self.targets.add(value)
-
-
-@pytest.fixture(scope="module")
-def site() -> Path:
-    """The rendered site, in the folder that `make docs` writes: what has not changed is not rendered again."""
-    done = subprocess.run([sys.executable, ROOT / "docs/build.py", ROOT / "_docs"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return ROOT / "_docs/html"
 
 
 def test_every_chapter_and_module_has_a_page(site):
