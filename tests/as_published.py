@@ -2,13 +2,14 @@
 from math import sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expnet.models.captioner import Memory
 from expnet.models.dropout import Dropout
 from expnet.models.dynamic_expansion import DynamicExpansion
 from expnet.models.expansionnet import CrossAttention, ExpansionNet
+from expnet.models.linear import Linear
 from expnet.models.static_expansion import StaticExpansion
 
 
@@ -74,7 +75,8 @@ class PublishedCross(CrossAttention):
 
 def as_published(model: ExpansionNet) -> ExpansionNet:
     "`model` itself, its blocks replaced by those above; the weights stay."
-    kinds = {StaticExpansion: PublishedStatic, DynamicExpansion: PublishedDynamic, CrossAttention: PublishedCross, Dropout: PublishedDropout}
+    kinds = {StaticExpansion: PublishedStatic, DynamicExpansion: PublishedDynamic, CrossAttention: PublishedCross, Dropout: PublishedDropout,
+             Linear: nn.Linear}
     for module in model.modules(): module.__class__ = kinds.get(type(module), type(module))
     return model
 

@@ -23,7 +23,7 @@ class Dropout(nn.Module):
         if not self.training or not self.limit: return x
         if x.device.type != "cpu": return F.dropout(x, self.limit / 256, True)
         drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None)
-        drop = drawn.view(torch.uint8)[:x.numel()].view(x.shape) < self.limit
-        return x.masked_fill(drop, 0) * (256 / (256 - self.limit))
+        keep = drawn.view(torch.uint8)[:x.numel()].view(x.shape) >= self.limit
+        return (x * keep).mul_(256 / (256 - self.limit))                              # masked_fill would take four times as long
 
     def extra_repr(self) -> str: return f"p={self.p}"

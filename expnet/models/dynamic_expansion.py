@@ -46,9 +46,9 @@ class DynamicExpansion(nn.Module):
 
     def path(self, z: Tensor, values: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
         """Forward and backward through one sign of the scores: z [B, L, E, L] >= 0, values [B, L, D] -> [B, L, D]."""
-        filled = self.dropout(normalise(z * keep[:, :, None]) @ values[:, None]) + bias   # (batch, words, expansion, dim)
+        filled = normalise(z * keep[:, :, None]).flatten(1, 2) @ values                   # (batch, words · expansion, dim)
         back = (z.permute(0, 3, 1, 2) * keep[..., None]).flatten(2)                       # (batch, words, vectors)
-        return self.dropout(normalise(back) @ filled.flatten(1, 2))
+        return self.dropout(normalise(back) @ (self.dropout(filled) + bias.flatten(1, 2)))
 
     def step(self, x: Tensor, past: Past, keep: Tensor) -> tuple[Tensor, Past]:
         """The newest words' rows: x [R, new, D], past [old, R, 4D], keep [1 or R, L, L] -> [R, new, D] and past [L, R, 4D]."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .captioner import Captioner, Memory, Past, Step, log_probabilities
 from .dropout import Dropout
 from .dynamic_expansion import DynamicExpansion, causal, shares
+from .linear import Linear
 from .static_expansion import StaticExpansion
 from ..tools import UserError
 
@@ -59,7 +60,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.query, self.key, self.value, self.out = (Linear(dim, dim) for _ in range(4))
 
     def split(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, heads, N, D / heads]."""
@@ -84,7 +85,7 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Two linear layers with a ReLU and dropout between: dim -> hidden -> dim."""
     def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, dim))
+        super().__init__(Linear(dim, hidden), nn.ReLU(), Dropout(dropout), Linear(hidden, dim))
 
 # %% ../../nbs/models/17_expansionnet.ipynb #EncoderLayer
 class EncoderLayer(nn.Module):
@@ -135,7 +136,7 @@ class Fusion(nn.Module):
     """The last layer's output plus a linear mix of all layers' outputs, normalised."""
     def __init__(self, layers: int, dim: int, dropout: float):
         super().__init__()
-        self.reduce, self.norm, self.dropout = nn.Linear(layers * dim, dim), nn.LayerNorm(dim), Dropout(dropout)
+        self.reduce, self.norm, self.dropout = Linear(layers * dim, dim), nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, outputs: list[Tensor]) -> Tensor:
         """outputs: one [B, T, D] a layer -> [B, T, D]."""
@@ -161,13 +162,13 @@ class ExpansionNet(Captioner):
     def __init__(self, config: ExpansionNetConfig, vocab, backbone: nn.Module | None = None):
         super().__init__(vocab, config.max_len, backbone, config.K)
         self.config, c = config, config
-        self.input = nn.Linear(c.features, c.dim)
+        self.input = Linear(c.features, c.dim)
         self.encoder = nn.ModuleList(EncoderLayer(c) for _ in range(c.encoder_layers))
         self.encoder_fusion = Fusion(c.encoder_layers, c.dim, c.dropout)
         self.words = WordVectors(len(vocab), -(-c.max_len // c.K) * c.K, c.dim, c.dropout)   # whole groups of places
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
         self.decoder_fusion = Fusion(c.decoder_layers, c.dim, c.dropout)
-        self.head, self.dropout = nn.Linear(c.dim, len(vocab)), Dropout(c.dropout)
+        self.head, self.dropout = Linear(c.dim, len(vocab)), Dropout(c.dropout)
         for name, part in self.named_children():
             if name != "backbone": part.apply(init_weights)
 
@@ -203,4 +204,4 @@ class ExpansionNet(Captioner):
 # %% ../../nbs/models/17_expansionnet.ipynb #init-weights
 def init_weights(module: nn.Module) -> None:
     """Xavier-uniform weights for a plain linear layer or table; other modules stay as they are."""
-    if type(module) in (nn.Linear, nn.Embedding): nn.init.xavier_uniform_(module.weight)
+    if type(module) in (Linear, nn.Embedding): nn.init.xavier_uniform_(module.weight)

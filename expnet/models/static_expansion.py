@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dropout import Dropout
+from .linear import Linear, linear, matmul
 
 # %% ../../nbs/models/15_static_expansion.ipynb #normalise
 def normalise(scores: Tensor, eps: float = 1e-9) -> Tensor:
@@ -22,7 +23,7 @@ def normalise(scores: Tensor, eps: float = 1e-9) -> Tensor:
     return (wide / wide.sum(-1, keepdim=True).clamp(min=eps)).to(scores.dtype)
 
 # %% ../../nbs/models/15_static_expansion.ipynb #FusedLinear
-class FusedLinear(nn.Linear):
+class FusedLinear(Linear):
     """One layer dim -> parts·dim that equals `parts` separate dim -> dim layers, each with Xavier-uniform weights."""
     def __init__(self, dim: int, parts: int):
         self.parts = parts
@@ -47,14 +48,14 @@ class StaticExpansion(nn.Module):
         """Regions x [B, N, D] with mask [B, N] (True = real) -> [B, N, D]; rows of padded regions are meaningless."""
         key, a, b, selector = self.project(x).chunk(4, -1)
         key = key * mask[..., None].to(key.dtype) / sqrt(x.shape[-1])                 # a padded region scores 0 everywhere
-        z = self.dropout(F.linear(key, self.query))                                   # (batch, regions, vectors)
+        z = self.dropout(linear(key, self.query))                                     # (batch, regions, vectors)
         gate, path = torch.sigmoid(selector), self.path if self.training else self.short_path
         return gate * path(F.relu(z), a) + (1 - gate) * path(F.relu(-z), b)
 
     def path(self, z: Tensor, values: Tensor) -> Tensor:
         """Forward and backward through one sign of the scores: z [B, N, M] >= 0, values [B, N, D] -> [B, N, D]."""
-        expanded = self.dropout(normalise(z.transpose(1, 2)) @ values + self.bias)    # (batch, vectors, dim)
-        return self.dropout(self.backward_map(z) @ expanded / len(self.groups))
+        expanded = self.dropout(matmul(normalise(z.transpose(1, 2)), values) + self.bias)   # (batch, vectors, dim)
+        return self.dropout(matmul(self.backward_map(z), expanded) / len(self.groups))
 
     def backward_map(self, z: Tensor) -> Tensor:
         """From which vectors each region is read: z [B, N, M] with every group of a row divided by its sum."""
@@ -63,5 +64,5 @@ class StaticExpansion(nn.Module):
     def short_path(self, z: Tensor, values: Tensor) -> Tensor:
         """`path` without dropout and without building an expansion vector."""
         back = self.backward_map(z)
-        mixed = back @ normalise(z.transpose(1, 2))                                   # (batch, regions, regions)
-        return (mixed @ values + back @ self.bias) / len(self.groups)
+        mixed = matmul(back, normalise(z.transpose(1, 2)))                            # (batch, regions, regions)
+        return (matmul(mixed, values) + linear(back, self.bias.T)) / len(self.groups)
