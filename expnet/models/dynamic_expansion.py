@@ -35,20 +35,20 @@ class DynamicExpansion(nn.Module):
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         """Words x [B, L, D], keep [B, L, L] from `causal` -> [B, L, D]; rows of padding are sigmoid-gated zeros."""
         cond, key, a, b, selector = self.project(x).chunk(5, -1)
-        z, bias = self.dropout(self.scores(cond, key)), cond[:, :, None] + self.bias
-        gate = torch.sigmoid(selector)
-        return gate * self.path(F.relu(z), a, bias, keep) + (1 - gate) * self.path(F.relu(-z), b, bias, keep)
+        z, gate = self.dropout(self.scores(cond, key)), torch.sigmoid(selector)
+        return gate * self.path(F.relu(z), a, cond, keep) + (1 - gate) * self.path(F.relu(-z), b, cond, keep)
 
     def scores(self, cond: Tensor, key: Tensor) -> Tensor:
         """z [B, L, E, L]: vector e of word s (axes 1, 2) against word u (axis 3), from the two small products."""
         key = key.transpose(1, 2)
         return ((cond @ key)[:, :, None] + (self.query @ key)[:, None]) / sqrt(key.shape[1])
 
-    def path(self, z: Tensor, values: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+    def path(self, z: Tensor, values: Tensor, cond: Tensor, keep: Tensor) -> Tensor:
         """Forward and backward through one sign of the scores: z [B, L, E, L] >= 0, values [B, L, D] -> [B, L, D]."""
-        filled = normalise(z * keep[:, :, None]).flatten(1, 2) @ values                   # (batch, words · expansion, dim)
+        filled = self.dropout(normalise(z * keep[:, :, None]).flatten(1, 2) @ values)     # (batch, words · expansion, dim)
+        filled.view(*z.shape[:3], -1).add_(cond[:, :, None]).add_(self.bias)              # in place: no second table of this size
         back = (z.permute(0, 3, 1, 2) * keep[..., None]).flatten(2)                       # (batch, words, vectors)
-        return self.dropout(normalise(back) @ (self.dropout(filled) + bias.flatten(1, 2)))
+        return self.dropout(normalise(back) @ filled)
 
     def step(self, x: Tensor, past: Past, keep: Tensor) -> tuple[Tensor, Past]:
         """The newest words' rows: x [R, new, D], past [old, R, 4D], keep [1 or R, L, L] -> [R, new, D] and past [L, R, 4D]."""

@@ -83,9 +83,9 @@ class CrossAttention(nn.Module):
 
 # %% ../../nbs/models/17_expansionnet.ipynb #FeedForward
 class FeedForward(nn.Sequential):
-    """Two linear layers with a ReLU and dropout between: dim -> hidden -> dim."""
+    """Two linear layers with dropout and a ReLU between (in this order one table serves both gradients): dim -> hidden -> dim."""
     def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__(Linear(dim, hidden), nn.ReLU(), Dropout(dropout), Linear(hidden, dim))
+        super().__init__(Linear(dim, hidden), Dropout(dropout), nn.ReLU(), Linear(hidden, dim))
 
 # %% ../../nbs/models/17_expansionnet.ipynb #EncoderLayer
 class EncoderLayer(nn.Module):

@@ -40,7 +40,7 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 # %% ../../nbs/models/10_linear.ipynb #Product
 class Product(torch.autograd.Function):
-    """x Wᵀ + b by oneDNN, and two more such products on the way back."""
+    """x Wᵀ + b for rows x [R, in] by oneDNN, and two more such products on the way back."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -49,16 +49,14 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (x, weight), (to_x, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows = slope.reshape(-1, len(weight))
-        return (linear(slope, weight.T) if to_x else None, linear(rows.T, x.reshape(-1, x.shape[-1]).T) if to_weight else None,
-                rows.sum(0) if to_bias else None)
+        return (linear(slope, weight.T) if to_x else None, linear(slope.T, x.T) if to_weight else None, slope.sum(0) if to_bias else None)
 
 # %% ../../nbs/models/10_linear.ipynb #linear
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x [..., in] times weight [out, in], plus bias [out], then GELU if asked: [..., out]; F.linear, by the quicker library."""
     quick = takes_onednn(x, weight)
     if quick and not wants_gradient(x, weight, bias): return onednn(x, weight, bias, gelu)
-    y = Product.apply(x, weight, bias) if quick else F.linear(x, weight, bias)
+    y = Product.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1) if quick else F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
 
 # %% ../../nbs/models/10_linear.ipynb #Linear

@@ -54,7 +54,7 @@ class StaticExpansion(nn.Module):
 
     def path(self, z: Tensor, values: Tensor) -> Tensor:
         """Forward and backward through one sign of the scores: z [B, N, M] >= 0, values [B, N, D] -> [B, N, D]."""
-        expanded = self.dropout(matmul(normalise(z.transpose(1, 2)), values) + self.bias)   # (batch, vectors, dim)
+        expanded = self.dropout(matmul(normalise(z.transpose(1, 2)), values).add_(self.bias))   # (batch, vectors, dim)
         return self.dropout(matmul(self.backward_map(z), expanded) / len(self.groups))
 
     def backward_map(self, z: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def returns(rewards: Tensor, said: Tensor, discount: float = 1.0) -> Tensor:
 def log_policy(logits: Tensor, vocab, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [..., V] of what is said next: softmax(logits / temperature) without PAD and SOS, which are -inf."""
     silent = torch.tensor([vocab.pad, vocab.sos], device=logits.device)
-    return (logits.float() / temperature).index_fill(-1, silent, -torch.inf).log_softmax(-1)
+    return (logits.float() / temperature).index_fill_(-1, silent, -torch.inf).log_softmax(-1)
 
 
 @contextmanager
