@@ -84,4 +84,4 @@ class Products(torch.autograd.Function):
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [B, M, K] times b [B, K, N], pair by pair: [B, M, N]; a @ b, by the quicker library."""
-    return Products.apply(a, b) if len(a) and takes_onednn(a[0], b[0].T) else a @ b
+    return Products.apply(a, b) if takes_onednn(a[:1], b.movedim(-1, 0)) else a @ b
