@@ -19,7 +19,7 @@ from expnet.train.checkpoints import kind_of, load, save_model
 from expnet.train.recipes import evaluate_split, open_data, prepare_world, recipe, train
 from expnet.train.step import Learner, Phase, training_mode
 
-KINDS = ["ShowTell", "ShowAttendTell"]
+KINDS = ["ShowTell", "ShowAttendTell", "HardAttendTell"]
 measured = pytest.mark.skipif(not os.environ.get("EXPNET_MEASURE"), reason="minutes of training: set EXPNET_MEASURE=1")
 
 

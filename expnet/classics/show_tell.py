@@ -107,9 +107,8 @@ def perplexity(model: Captioner, batches: Batches) -> float:
 
 # %% ../../nbs/classics/43_show_tell.ipynb #RECIPES
 RECIPES = {name: Recipe(name, (Extract("features"), *phases), "ShowTell") for name, phases in {
-    "tiny": (Phase("xe", epochs=8, batch=32, lr=3e-3, warmup=50, smoothing=0.0, validate=200),),
-    "flickr8k": (Phase("xe", epochs=20, batch=16, lr=1e-3, smoothing=0.0, patience=4, beam=3),
-                 Phase("varied", augment=True, epochs=3, batch=16, lr=1e-4, smoothing=0.0, beam=3)),
+    "tiny": (Phase("xe", epochs=6, batch=32, lr=3e-3, warmup=50, smoothing=0.0, validate=200),),
+    "flickr8k": (Phase("xe", epochs=20, batch=16, lr=1e-3, smoothing=0.0, patience=4, beam=3),),
     "coco": (Phase("xe", augment=True, epochs=5, batch=128, captions=1, optimiser="adam", lr=1e-3, weight_decay=0.0, schedule="constant", warmup=0,
                    smoothing=0.0, clip=float("inf"), validate=5000),),
 }.items()}

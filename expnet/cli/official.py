@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ..classics.originals import import_show_attend_tell, import_show_tell
 from .app import ModelFolder, app, console
 from ..data.captions import Vocab
 from ..data.pickles import write_vocabulary
@@ -31,13 +32,17 @@ Out = Annotated[Path, typer.Option(help="The model folder to write.")]
 @app.command("import")
 def import_model(checkpoint: Annotated[Path, typer.Argument(help="The published file, such as rf_model.pth.")],
                  vocab: Annotated[Path, typer.Option(help="Its vocabulary: demo_coco_tokens.pickle, or a vocab.json.")], out: Out,
-                 backbone: Annotated[Path, typer.Option(help="Swin weights for a checkpoint that has none.")] = None,
+                 backbone: Annotated[Path, typer.Option(help="Swin weights for a checkpoint that has none; ShowTell: the encoder's file.")] = None,
                  static: Annotated[str, typer.Option(help="Expansion vectors of each group.")] = ",".join(map(str, ExpansionNetConfig.static)),
                  heads: Annotated[int, typer.Option(min=1, help="Heads of the cross-attention.")] = ExpansionNetConfig.heads,
                  as_original: Annotated[bool, typer.Option(help="Black for pictures that are not RGB, as published.")] = False,
-                 strict: Annotated[bool, typer.Option(help="Refuse a file that lacks weights, instead of drawing them.")] = True) -> None:
-    """Turn a published ExpansionNet v2 checkpoint into a model folder."""
-    model, report = import_official(checkpoint, vocab, numbers(static), heads, backbone, as_original, strict)
+                 strict: Annotated[bool, typer.Option(help="Refuse a file that lacks weights, instead of drawing them.")] = True,
+                 kind: Annotated[str, typer.Option(help="ExpansionNet, or of a tutorial: ShowTell, ShowAttendTell.")] = "ExpansionNet") -> None:
+    """Turn a published ExpansionNet v2 checkpoint, or that of a tutorial, into a model folder."""
+    if kind == "ShowTell" and backbone: model, report = import_show_tell(checkpoint, backbone, vocab)
+    elif kind == "ShowAttendTell": model, report = import_show_attend_tell(checkpoint, vocab)
+    elif kind == "ExpansionNet": model, report = import_official(checkpoint, vocab, numbers(static), heads, backbone, as_original, strict)
+    else: raise UserError(f"kind {kind!r}: ExpansionNet, ShowAttendTell, or ShowTell with --backbone ENCODER")
     console.print(str(report))
     save_model(out, model)
     console.print(f"written: {out}" + ("" if model.backbone else "  (no backbone: it can caption stored features, but not pictures)"))

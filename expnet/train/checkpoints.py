@@ -25,7 +25,8 @@ from ..tools import Undrawn, UserError, read_json, whole_file, write_json
 # %% ../../nbs/train/39_checkpoints.ipynb #MODELS
 MODELS = {"ExpansionNet": "expnet.models.expansionnet:ExpansionNetConfig:ExpansionNet",
           "ShowTell": "expnet.classics.show_tell:ShowTellConfig:ShowTell",
-          "ShowAttendTell": "expnet.classics.show_attend_tell:ShowAttendTellConfig:ShowAttendTell"}
+          "ShowAttendTell": "expnet.classics.show_attend_tell:ShowAttendTellConfig:ShowAttendTell",
+          "HardAttendTell": "expnet.classics.hard_attention:HardAttendTellConfig:HardAttendTell"}
 
 def kind_of(name: str, where: str) -> tuple[type, type]:
     """The config class and the model class called `name`; UserError, starting with `where`, for a name that is not in MODELS."""
