@@ -10,15 +10,20 @@ from dataclasses import replace
 
 import torch
 
-from ..models.expansionnet import ExpansionNet
+from ..models.captioner import Captioner
+from ..tools import UserError
 
 # %% ../../nbs/decode/23_groups.ipynb #words-a-step
-def words_a_step(model: ExpansionNet, K: int) -> ExpansionNet:
-    """A copy of `model` that says K words a step and starts training from the same weights; the backbone is shared."""
-    other, name = ExpansionNet(replace(model.config, K=K), model.vocab).to(model.input.weight), "words.position.weight"
+def words_a_step(model: Captioner, K: int) -> Captioner:
+    """A copy of `model` that says K words a step and starts training from the same weights; the backbone is shared.
+
+    UserError for a kind of model that says one word a step and no more."""
+    if not hasattr(model.config, "K"): raise UserError(f"K {K}: a {type(model).__name__} says one word a step")
+    other, name = type(model)(replace(model.config, K=K), model.vocab).to(next(model.parameters())), "words.position.weight"
     weights = {n: w for n, w in model.state_dict().items() if not n.startswith("backbone.")}
-    places, old = len(other.words.position.weight), weights[name]
-    weights[name] = torch.cat([old, old[-1:].expand(max(0, places - len(old)), -1)])[:places]
+    if name in weights:                                       # places that are learned; others need no weights
+        old, places = weights[name], len(other.words.position.weight)
+        weights[name] = torch.cat([old, old[-1:].expand(max(0, places - len(old)), -1)])[:places]
     other.load_state_dict(weights)
     other.backbone = model.backbone
     return other.train(model.training)

@@ -26,7 +26,8 @@ from ..tools import Undrawn, UserError, read_json, whole_file, write_json
 MODELS = {"ExpansionNet": "expnet.models.expansionnet:ExpansionNetConfig:ExpansionNet",
           "ShowTell": "expnet.classics.show_tell:ShowTellConfig:ShowTell",
           "ShowAttendTell": "expnet.classics.show_attend_tell:ShowAttendTellConfig:ShowAttendTell",
-          "HardAttendTell": "expnet.classics.hard_attention:HardAttendTellConfig:HardAttendTell"}
+          "HardAttendTell": "expnet.classics.hard_attention:HardAttendTellConfig:HardAttendTell",
+          "Transformer": "expnet.classics.semi_autoregressive:TransformerConfig:Transformer"}
 
 def kind_of(name: str, where: str) -> tuple[type, type]:
     """The config class and the model class called `name`; UserError, starting with `where`, for a name that is not in MODELS."""
