@@ -123,12 +123,12 @@ def eight(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("K", [1, 4])
 def test_the_recipe_learns_eight_pictures_by_heart(eight, tmp_path, K):
-    how = recipe("tiny", "Transformer").change(epochs=80, keep_every=80, batch=8, warmup=10, validate=1, smoothing=0.0, lr=1e-3)
+    how = recipe("tiny", "Transformer").change(epochs=60, keep_every=60, batch=8, warmup=10, validate=1, smoothing=0.0, lr=1e-3)
     began = process_time()
     train(eight, tmp_path, replace(how, K=K), "cpu", only=["xe"])
-    seconds, data, learnt = process_time() - began, open_data(eight), load(tmp_path / "xe" / "epoch_080")
+    seconds, data, learnt = process_time() - began, open_data(eight), load(tmp_path / "xe" / "epoch_060")
     reached = evaluate_split(learnt, data, "train", Greedy())[1].totals["CIDEr-D"]
     best = evaluate({item.id: item.captions[0] for item in data.of("train")}, data.of("train")).totals["CIDEr-D"]
     assert learnt.K == K and reached > 0.95 * best > 7 and seconds < 60
@@ -148,7 +148,7 @@ def test_rewards_of_a_student_compare_with_people(eight, tmp_path):
     history = train(tmp_path / "taught", tmp_path / "student", replace(how, K=2), "cpu", start=teacher)
     assert load(tmp_path / "student").K == 2 and [row["reward"] for row in history if "reward" in row]
     with pytest.raises(UserError, match="says one word a step"):
-        train(eight, tmp_path / "x", replace(recipe("tiny", "ShowTell"), K=2), "cpu", only=["xe"])
+        train(eight, tmp_path / "x", replace(how, kind="ShowTell", K=2), "cpu", only=["xe"])
 
 
 # --- what it gains (EXPNET_MEASURE=1)

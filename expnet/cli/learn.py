@@ -8,6 +8,7 @@ __all__ = ['OnBad', 'Dtype', 'Out', 'Training', 'memory', 'phase_line', 'epoch_l
 # %% ../../nbs/deploy/53_learn_commands.ipynb #imports
 import os
 import time
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,6 +114,7 @@ def train(folder: Folder, out: Out, recipe_name: Annotated[str, typer.Option("--
           phases: Annotated[str, typer.Option(help="Only these, such as xe,scst. [default: all of the recipe]")] = "",
           backbone: Annotated[str, typer.Option(help="For the first phase, if there are no features: see features.")] = None,
           weights: Annotated[str, typer.Option(help="Of that backbone: a file, or hub for the library's own.")] = "hub",
+          K: Annotated[int, typer.Option("--K", min=1, help="Words a step. [default: as --start says, or 1]")] = None,
           start: Annotated[Path, typer.Option(help="A model folder to begin with.")] = None, epochs: int = None,
           batch_size: Annotated[int, typer.Option(help="Samples computed at a time, over all processes.")] = None,
           accumulate: Annotated[int, typer.Option(help="Such batches a step.")] = None,
@@ -127,7 +129,7 @@ def train(folder: Folder, out: Out, recipe_name: Annotated[str, typer.Option("--
     given = {"epochs": epochs, "batch": batch_size, "accumulate": accumulate, "captions": captions, "lr": lr, "seed": seed,
              "patience": patience, "precision": precision}
     how = recipe(recipe_name, model).change(**{name: value for name, value in given.items() if value is not None})
-    eye = make_backbone(backbone, weights) if backbone else None
+    how, eye = replace(how, K=K), make_backbone(backbone, weights) if backbone else None
     with Training("training") as watch:
         history = train_recipe(folder, out, how, device, watch, [p for p in phases.split(",") if p], eye, start, track)
     last = [h for h in history if h["phase"] == history[-1]["phase"] and "epoch" in h]

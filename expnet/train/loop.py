@@ -41,6 +41,7 @@ class Data:
     pictures: Store | None = None       # prepared for the backbone
     backbone: nn.Module | None = None   # that made the features
     left_out: int = 0                   # pictures without regions, because their files were bad
+    references: Sequence[Item] | None = None   # what rewards compare with; None: the training captions
 
     def of(self, split: str) -> list[Item]:
         """The items of one split; UserError if there are none."""
@@ -63,7 +64,7 @@ class Run:
         data.of("val")                                        # missing pictures are reported now, not after an epoch
         self.model, self.data, self.phase, self.out, self.store = model, data, phase, out, data.source(phase)
         way = loss_of(phase.loss)
-        reward = way.reward(References.build(data.of("train"), data.vocab)) if way.reward else None
+        reward = way.reward(References.build(data.references or data.of("train"), data.vocab)) if way.reward else None
         self.learner = Learner(model, phase, device, reward, project_dir=out, **options)
         self.accelerator = self.learner.accelerator
         self.rank, self.world, self.main = (getattr(self.accelerator, name) for name in ("process_index", "num_processes", "is_main_process"))

@@ -21,6 +21,7 @@ from ..data.captions import Item, Vocab, coverage, karpathy, load_items, of_spli
 from ..data.features import FeatureStore, Report, write_features
 from ..data.shapes import write_world
 from ..decode.caption import Captioned, caption_stored
+from ..decode.groups import words_a_step
 from ..decode.search import Beam, How
 from ..models.backbone import Backbone, from_spec, read_weights
 from ..models.captioner import Captioner
@@ -78,7 +79,9 @@ def open_data(folder: str | Path, features: str | Path | None = None) -> Data:
         raise UserError(f"{at / 'features.h5'}: holds {len(items)} of {len(every)} pictures; run `expnet features` again")
     backbone = backbone_of(at, store)
     pictures = Pictures(items, backbone.prepare, backbone.regions) if backbone else None
-    return Data(items, Vocab.load(folder / "vocab.json"), store, pictures, backbone, len(every) - len(items))
+    people = folder / "references.jsonl"
+    return Data(items, Vocab.load(folder / "vocab.json"), store, pictures, backbone, len(every) - len(items),
+                load_items(people) if people.exists() else None)
 
 def backbone_of(folder: Path, store: FeatureStore) -> Backbone | None:
     """The backbone that made the features in `store`, if its weights are in `folder`."""
@@ -97,10 +100,11 @@ class Extract:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The preset and the kind of a model, and the phases of its training."""
+    """The preset and the kind of a model, the phases of its training, and how many words the model says a step."""
     preset: str
     phases: tuple[Extract | Phase, ...]
     kind: str = "ExpansionNet"
+    K: int | None = None                # words a step; None: as many as the model that training starts with, or one
 
     @property
     def names(self) -> tuple[str, ...]: return tuple(phase.name for phase in self.phases)
@@ -176,6 +180,7 @@ class Chain:
         self.model, self.trained = load(start), True
         if self.model.vocab.fingerprint != Vocab.load(self.folder / "vocab.json").fingerprint:
             raise UserError(f"{start}: trained with another vocabulary than that of {self.folder}")
+        if self.how.K not in (None, self.model.K): self.model = words_a_step(self.model, self.how.K)
 
     def skip(self, phase: Extract | Phase) -> None:
         """Take what an earlier call left of `phase`, if it was finished."""
@@ -216,7 +221,8 @@ def new_model(how: Recipe, data: Data, seed: int) -> Captioner:
     """A seeded model of the recipe's kind and preset that fits the data, with the backbone of its features."""
     make_config, make_model = kind_of(how.kind, "recipe")
     seed_all(seed, threads=None)
-    return make_model(make_config.preset(how.preset, data.store.dim), data.vocab, data.backbone)
+    model = make_model(make_config.preset(how.preset, data.store.dim), data.vocab, data.backbone)
+    return words_a_step(model, how.K) if how.K else model
 
 def sees(model: Captioner, data: Data) -> bool:
     """Whether the stored features are what the model's own backbone sees; True if one of the two is not known."""
