@@ -23,7 +23,7 @@ def distil(teacher: Annotated[Path, typer.Argument(help="The model folder of the
            beam: Annotated[int, typer.Option(min=1, help="Captions of each picture.")] = 5, batch_size: Positive = 48,
            features: Annotated[Path, typer.Option(help="The folder of the features that the teacher reads. [default: FOLDER]")] = None,
            device: Device = "auto") -> None:
-    """Let a model caption the training pictures of FOLDER: a data folder OUT that teaches others to speak like it."""
+    """Put a model's captions in place of people's in the training split: a data folder OUT that teaches others."""
     with Counting("captions") as watch:
         report = make_folder(load(teacher, pick_device(device)), folder, out, beam, batch_size, features, watch)
     console.print(f"{report}\nwritten: {out}/items.jsonl; the next step: expnet train {out} --start {teacher} --K 2")
