@@ -1,6 +1,7 @@
 """Make the site: `python docs/build.py [FOLDER]` stages README, chapters and API pages, and Sphinx renders them to FOLDER/html.
 
 Chapters are staged as a reader wants them: hidden cells and directive lines are gone, outputs are those that are committed."""
+import base64
 import json
 import re
 import shutil
@@ -101,6 +102,14 @@ def stage_part(folder: str, pages: list[Path], out: Path) -> str:
     return name
 
 
+def stage_map(out: Path) -> str:
+    """Write the map of the book, an output of its first chapter, to `out`; the lines that show it."""
+    cells = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+    picture = next(o["data"]["image/png"] for c in cells if c.get("id") == "map" for o in c["outputs"] if "image/png" in o.get("data", {}))
+    (out / "map.png").write_bytes(base64.b64decode(picture))
+    return "\n## A map of the book\n\n![The parts of the book and what builds on what](map.png)\n"
+
+
 def stage(out: Path) -> None:
     """Write everything that Sphinx reads to `out`, and remove what an earlier stage left there."""
     pages = chapters()
@@ -113,7 +122,7 @@ def stage(out: Path) -> None:
     parts = [stage_part(folder, inside, out) for folder in PARTS if (inside := [p for p in pages if part(p) == folder])]
     toc = contents(parts, ":hidden:\n:caption: The book\n")
     toc += contents(["api/index", *(Path(p).stem for p in PAGES if p.endswith(".md"))], ":hidden:\n:caption: Reference\n")
-    write(out / "index.md", (ROOT / "README.md").read_text(encoding="utf-8") + toc)
+    write(out / "index.md", (ROOT / "README.md").read_text(encoding="utf-8") + stage_map(out) + toc)
     for old in out.rglob("*.ipynb"):
         if old.relative_to(out) not in pages: old.unlink()
 

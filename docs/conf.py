@@ -19,6 +19,7 @@ myst_heading_anchors = 4
 toc_object_entries = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 autodoc_mock_imports = ["tensorrt"]
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 90
@@ -33,7 +34,7 @@ html_theme_options = {"show_toc_level": 2, "show_navbar_depth": 1, "max_navbar_d
 def as_plain(app, what, name, obj, options, lines):
     """Docstrings are plain text with `code`: paragraphs stay, and nothing in them is taken for markup."""
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
-    pieces = [re.split(r"`([^`]+)`", " ".join(p.split())) for p in paragraphs]
+    pieces = [re.split(r"`+([^`]+)`+", " ".join(p.split())) for p in paragraphs]
     escaped = [["".join(f"``{s}``\\ " if i % 2 else re.sub(r"([\\*|_`<>])", r"\\\1", s) for i, s in enumerate(piece))] for piece in pieces]
     lines[:] = [line for paragraph in escaped for line in (*paragraph, "")]
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['as_array', 'as_picture', 'SmallCanvas', 'finish', 'show_images', 'show_windows', 'show_matrix', 'lit',
            'show_attention', 'show_bars', 'show_histogram', 'show_scored', 'show_curves', 'show_tree', 'show_captions',
-           'show_words', 'show_history']
+           'show_words', 'show_history', 'essential', 'show_map']
 
 # %% ../nbs/01_plot.ipynb #imports
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt
-from textwrap import fill
+from textwrap import fill, wrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -237,4 +237,34 @@ def show_history(history: Sequence[Mapping], scores: Sequence[str] = ("CIDEr-D",
         panel.set_xlabel("step", fontsize=9)
         panel.set_title(title, fontsize=9)
     figure.suptitle(" → ".join(names), fontsize=9)
+    return finish(figure)
+
+# %% ../nbs/01_plot.ipynb #essential
+def essential(needs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pairs (below, above) of `needs` that do not follow from the others, in a world without circles."""
+    above = {}
+    for low, high in needs: above.setdefault(low, set()).add(high)
+    def reach(low: str) -> set[str]: return above.get(low, set()).union(*(reach(high) for high in above.get(low, ())))
+    return sorted((low, high) for low in above for high in above[low] if not any(high in reach(other) for other in above[low]))
+
+# %% ../nbs/01_plot.ipynb #show-map
+def show_map(floors: Mapping[str, Sequence[str]], needs: Iterable[tuple[str, str]], title: str = "", size: float = 7.5) -> Figure:
+    """Draw floors (name -> what stands there) from top to bottom, with arrows for the `essential` of the needs (below, above)."""
+    texts = {name: wrap(" · ".join(inside), 100) for name, inside in floors.items()}
+    tops = dict(zip(texts, np.cumsum([0, *(len(lines) + 1.4 for lines in texts.values())]).tolist()))
+    middle, order, lane = {name: tops[name] + len(lines) / 2 for name, lines in texts.items()}, list(texts), 0
+    figure, ax = plt.subplots(figsize=(size, 0.17 * (max(middle.values()) + 3)), layout="constrained")
+    for name, lines in texts.items():
+        ax.add_patch(plt.Rectangle((0, tops[name] - 0.3), 100, len(lines) + 0.6, color="#e8eef5"))
+        ax.text(1, middle[name], name, va="center", fontsize=8, weight="bold")
+        ax.text(13, middle[name], "\n".join(lines), va="center", fontsize=7)
+    for low, high in essential(needs):
+        nearby = abs(order.index(high) - order.index(low)) == 1
+        if not nearby: lane -= 1.2
+        path = [(5, tops[low] + len(texts[low]) + 0.3), (5, tops[high] - 0.3)] if nearby else [(0, middle[low]), (lane, middle[low]), (lane, middle[high]), (0, middle[high])]
+        ax.plot(*zip(*path[:-1]), color="#2a6099", linewidth=1)
+        ax.annotate("", path[-1], path[-2], arrowprops={"arrowstyle": "->", "color": "#2a6099", "shrinkA": 0, "shrinkB": 0})
+    ax.set(xlim=(lane - 1, 101), ylim=(tops[order[-1]] + len(texts[order[-1]]) + 0.5, -0.6))
+    ax.axis("off")
+    ax.set_title(title, fontsize=9)
     return finish(figure)
