@@ -1,12 +1,16 @@
 """What every classic promises: one pass equals the loop, rows are their own, eight pictures are learned by heart, a folder is the model."""
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
+from expnet.classics.show_attend_tell import ShowAttendTell, ShowAttendTellConfig
 from expnet.data.batches import Batches
 from expnet.data.captions import Item, Vocab
 from expnet.data.shapes import shapes
@@ -104,7 +108,6 @@ def test_a_batch_of_one_picture_can_be_learned(drawn):
 @measured
 @pytest.mark.parametrize("kind, least", [("ShowTell", 1.0), ("ShowAttendTell", 1.6)])
 def test_four_minutes_on_the_drawn_world_are_enough(kind, least, tmp_path):
-    import time
     prepare_world(tmp_path / "data")
     train(tmp_path / "data", tmp_path / "none", recipe("tiny", kind), "cpu", only=["features"], backbone=make_backbone("shapes"))
     began = time.process_time()
@@ -113,3 +116,41 @@ def test_four_minutes_on_the_drawn_world_are_enough(kind, least, tmp_path):
     scores = evaluate_split(load(tmp_path / "model"), open_data(tmp_path / "data"))[1]
     print(f"{kind}: CIDEr-D {scores.totals['CIDEr-D']:.3f}, BLEU-4 {scores.totals['BLEU-4']:.3f}, {spent:.0f} CPU-seconds")
     assert scores.totals["CIDEr-D"] >= least and spent < 240
+
+
+class TutorialsWay(nn.Module):
+    """Show, Attend and Tell as the tutorial computes it: regions [R, N, D] for every caption, keys anew for every word."""
+    def __init__(self, c: ShowAttendTellConfig, vocab: int):
+        super().__init__()
+        self.key, self.query, self.score = nn.Linear(c.features, c.attention), nn.Linear(c.hidden, c.attention), nn.Linear(c.attention, 1)
+        self.embed, self.cell = nn.Embedding(vocab, c.words), nn.LSTMCell(c.words + c.features, c.hidden)
+        self.first_h, self.first_c, self.gate = nn.Linear(c.features, c.hidden), nn.Linear(c.features, c.hidden), nn.Linear(c.hidden, c.features)
+        self.head = nn.Linear(c.hidden, vocab)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        h, c, scores = self.first_h(x.mean(1)), self.first_c(x.mean(1)), []
+        for word in self.embed(tokens).unbind(1):
+            shares = self.score(F.relu(self.key(x) + self.query(h)[:, None]))[..., 0].softmax(1)
+            view = (x * shares[..., None]).sum(1) * self.gate(h).sigmoid()
+            h, c = self.cell(torch.cat([word, view], 1), (h, c))
+            scores.append(self.head(h))
+        return torch.stack(scores, 1)
+
+
+@measured
+@pytest.mark.parametrize("sizes, vocab, regions, pictures, places, least", [
+    ((2048, 512, 512, 512), 9490, 196, 1, 12, 2.5), ((128, 128, 128, 64), 64, 64, 8, 16, 1.3)], ids=["published", "tiny"])
+def test_a_step_is_cheaper_than_the_tutorials(sizes, vocab, regions, pictures, places, least):
+    seed_all(0)
+    config, words = ShowAttendTellConfig(*sizes, dropout=0.0), Vocab(["EOS", "PAD", "SOS", "UNK", *(f"w{i:04}" for i in range(vocab - 4))])
+    ours, theirs = ShowAttendTell(config, words), TutorialsWay(config, vocab)
+    x, tokens = torch.randn(pictures, regions, sizes[0]), torch.randint(4, vocab, (5 * pictures, places))
+    ways, spent = {"ours": lambda: ours(ours.encode(x), tokens), "theirs": lambda: theirs(x.repeat_interleave(5, 0), tokens)}, {"ours": [], "theirs": []}
+    for _ in range(5):
+        for name, way in ways.items():
+            began = time.process_time()
+            F.cross_entropy(way().flatten(0, 1), tokens.flatten()).backward()
+            spent[name].append(time.process_time() - began)
+    medians = {name: sorted(values)[2] for name, values in spent.items()}
+    print({name: f"{1000 * value:.0f} ms" for name, value in medians.items()}, f"ratio {medians['theirs'] / medians['ours']:.2f}")
+    assert medians["theirs"] > least * medians["ours"]
