@@ -96,14 +96,16 @@ def features(folder: Folder,
              size: Annotated[int, typer.Option(min=1, help="Pixels a side. [default: what the backbone expects]")] = None,
              batchnorm_eps: Annotated[float, typer.Option(help="For converted networks (from Keras: 1.001e-5).")] = None,
              batch_size: Positive = 32, workers: Annotated[int, typer.Option(min=0, help="Processes that read and resize.")] = 0,
-             dtype: Dtype = Dtype.fp16, on_bad: OnBad = OnBad.skip, device: Device = "auto") -> None:
+             dtype: Dtype = Dtype.fp16, on_bad: OnBad = OnBad.skip, device: Device = "auto",
+             mirror: Annotated[bool, typer.Option("--mirror", help="And of training pictures in a mirror, for recipes that want both sides.")] = False) -> None:
     """Compute every picture's regions once: writes features.h5 into FOLDER. An interrupted run goes on where it stopped."""
     net = make_backbone(backbone, weights, size, batchnorm_eps)
     console.quiet = int(os.environ.get("RANK", 0)) > 0
-    with Counting("features") as watch:
-        report = extract(folder, net, None if "RANK" in os.environ else str(pick_device(device)), batch_size=batch_size, workers=workers, dtype=dtype.value,
-                         on_bad=on_bad.value, progress=watch)
-    console.print(f"{net.regions} regions of {net.dim} numbers: {report}")
+    for turned in (False, True)[:1 + mirror]:
+        with Counting("features") as watch:
+            report = extract(folder, net, None if "RANK" in os.environ else str(pick_device(device)), mirror=turned, batch_size=batch_size,
+                             workers=workers, dtype=dtype.value, on_bad=on_bad.value, progress=watch)
+        console.print(f"{net.regions} regions of {net.dim} numbers{', in the mirror' * turned}: {report}")
 
 # %% ../../nbs/deploy/53_learn_commands.ipynb #train
 Out = Annotated[Path, typer.Option(help="The model folder to write; each phase has a folder in it.")]

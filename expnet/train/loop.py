@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ..data.augment import Augmented
+from ..data.augment import Augmented, TwoSides
 from ..data.batches import Batches, Store
 from ..data.captions import Item, Vocab, of_split
 from ..decode.caption import caption_stored
@@ -42,6 +42,7 @@ class Data:
     backbone: nn.Module | None = None   # that made the features
     left_out: int = 0                   # pictures without regions, because their files were bad
     references: Sequence[Item] | None = None   # what rewards compare with; None: the training captions
+    mirrored: Store | None = None       # features of training pictures in a mirror
 
     def of(self, split: str) -> list[Item]:
         """The items of one split; UserError if there are none."""
@@ -53,7 +54,10 @@ class Data:
         """The store that `phase` reads: pictures if its backbone learns or they are to vary, else features; UserError if it is not there."""
         found, kind = (self.pictures, "pictures") if phase.end_to_end or phase.augment else (self.store, "features")
         if found is None: raise UserError(f"phase {phase.name}: needs {kind}, and this data has none")
-        return Augmented(self.items, found.prepare, found.regions, phase.seed) if phase.augment else found
+        if phase.augment: return Augmented(self.items, found.prepare, found.regions, phase.seed)
+        if phase.mirror and (self.mirrored is None or phase.end_to_end):
+            raise UserError(f"phase {phase.name}: mirror needs features of both sides (make them with: expnet features --mirror)")
+        return TwoSides(found, self.mirrored, phase.seed) if phase.mirror else found
 
 # %% ../../nbs/train/41_loop.ipynb #Phase
 class Run:

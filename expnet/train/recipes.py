@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from ..data.augment import fits_mirror
 from ..data.batches import Pictures
 from ..data.captions import Item, Vocab, coverage, karpathy, load_items, of_split, save_items
-from ..data.features import FeatureStore, Report, write_features
+from ..data.features import FeatureStore, Mirrored, Report, write_features
 from ..data.shapes import write_world
 from ..decode.caption import Captioned, caption_stored
 from ..decode.groups import words_a_step
@@ -45,9 +46,10 @@ def prepare(folder: str | Path, items: Sequence[Item], min_count: int = 5) -> st
 
 # %% ../../nbs/train/42_recipes.ipynb #extract
 def extract(folder: str | Path, backbone: Backbone, device: str | None = None, items: Sequence[Item] | None = None,
-            **options) -> Report:
+            mirror: bool = False, **options) -> Report:
     """Write features.h5 and backbone.safetensors into `folder`, keeping what is there. Options: write_features.
 
+    mirror: write mirrored.h5 instead, of the training pictures whose captions are true of their mirror images.
     items: by default those of the data folder `folder`. device: by default that of the process.
     UserError if the features that are there were made with other weights."""
     folder, here = Path(folder), PartialState()
@@ -57,8 +59,9 @@ def extract(folder: str | Path, backbone: Backbone, device: str | None = None, i
             raise UserError(f"{weights}: the features beside it were made with other weights; choose a new folder")
     elif here.is_main_process: save_tensors(weights, backbone.state_dict())
     here.wait_for_everyone()
-    items = load_items(folder / "items.jsonl") if items is None else items
-    return write_features(folder / "features.h5", items, backbone, device=device or str(here.device), **options)
+    items, name = load_items(folder / "items.jsonl") if items is None else items, "features.h5"
+    if mirror: items, backbone, name = list(filter(fits_mirror, of_split(items, "train"))), Mirrored(backbone), "mirrored.h5"
+    return write_features(folder / name, items, backbone, device=device or str(here.device), **options)
 
 def same_weights(backbone: Backbone, stored: dict[str, torch.Tensor]) -> bool:
     """Whether `backbone` has exactly the weights `stored`."""
@@ -69,6 +72,7 @@ def same_weights(backbone: Backbone, stored: dict[str, torch.Tensor]) -> bool:
 def open_data(folder: str | Path, features: str | Path | None = None) -> Data:
     """The prepared data of `folder`, with the features in the folder `features` (by default the same one) and their backbone.
 
+    Features of pictures in a mirror come with them, if there are any.
     Pictures without features, because their file was bad, are left out and counted; UserError if these are more than half."""
     folder, at = Path(folder), Path(features or folder)
     if not folder.is_dir(): raise UserError(f"{folder}: no such data folder (make one with: expnet prepare)")
@@ -79,9 +83,9 @@ def open_data(folder: str | Path, features: str | Path | None = None) -> Data:
         raise UserError(f"{at / 'features.h5'}: holds {len(items)} of {len(every)} pictures; run `expnet features` again")
     backbone = backbone_of(at, store)
     pictures = Pictures(items, backbone.prepare, backbone.regions) if backbone else None
-    people = folder / "references.jsonl"
+    people, other = folder / "references.jsonl", at / "mirrored.h5"
     return Data(items, Vocab.load(folder / "vocab.json"), store, pictures, backbone, len(every) - len(items),
-                load_items(people) if people.exists() else None)
+                load_items(people) if people.exists() else None, FeatureStore(other) if other.exists() else None)
 
 def backbone_of(folder: Path, store: FeatureStore) -> Backbone | None:
     """The backbone that made the features in `store`, if its weights are in `folder`."""
@@ -97,6 +101,7 @@ class Extract:
     name: str = "features"
     batch: int = 32
     dtype: str = "fp16"
+    mirror: bool = False                # and the training pictures in a mirror, too
 
 @dataclass(frozen=True)
 class Recipe:
@@ -117,8 +122,9 @@ class Recipe:
 def phases(xe: dict[str, Any], xe_all: dict[str, Any], rl: dict[str, Any], rl_all: dict[str, Any],
            **common: Any) -> tuple[Extract | Phase, ...]:
     """The six phases in their order, each with its numbers and the `common` ones."""
-    return (Extract("features"), Phase("xe", **common | xe), Phase("xe_end_to_end", train="all", **common | xe_all),
-            Extract("features_again"), Phase("scst", "scst", **common | rl), Phase("scst_end_to_end", "scst", "all", **common | rl_all))
+    return (Extract("features", mirror=bool(xe.get("mirror") or rl.get("mirror"))), Phase("xe", **common | xe),
+            Phase("xe_end_to_end", train="all", **common | xe_all),
+            Extract("features_again", mirror=bool(rl.get("mirror"))), Phase("scst", "scst", **common | rl), Phase("scst_end_to_end", "scst", "all", **common | rl_all))
 
 
 RECIPES = {
@@ -130,7 +136,7 @@ RECIPES = {
     "flickr8k": Recipe("flickr8k", phases(
         dict(epochs=12, batch=16, lr=7e-4, warmup=300),
         dict(epochs=2, batch=16, lr=3e-5, warmup=100),
-        dict(epochs=10, batch=16, lr=3e-5, warmup=50, beam=3, dropout=0.1),
+        dict(epochs=5, batch=16, lr=1e-4, warmup=50, beam=3, validate=1000, dropout=0.2, mirror=True, hide=0.1, average=0.995),
         dict(epochs=1, batch=16, lr=2e-6, warmup=1, beam=3, dropout=0.1), precision="bf16")),
     "coco": Recipe("coco", phases(
         dict(epochs=8, batch=48, captions=1, lr=2e-4, warmup=10_000, factor=0.8, every=2, dropout=0.3, beam=3),
@@ -197,13 +203,14 @@ def look(chain: Chain, number: int, phase: Extract) -> None:
     chain.announce(number, phase)
     backbone = chain.backbone if chain.model is None else chain.model.backbone
     known = backbone_of(chain.folder, FeatureStore(chain.folder / "features.h5")) if (chain.folder / "features.h5").exists() else None
-    if known and (backbone is None or same_weights(backbone, known.state_dict())): return
-    if backbone is None: return
-    chain.features = chain.folder if chain.model is None else chain.out / phase.name
+    same = known and (backbone is None or same_weights(backbone, known.state_dict()))
+    if backbone and not same: chain.features = chain.folder if chain.model is None else chain.out / phase.name
     progress = lambda done, total: chain.watch({"event": "features", "done": done, "total": total})
-    report = extract(chain.features, backbone, str(chain.here.device), load_items(chain.folder / "items.jsonl"),
-                     batch_size=phase.batch, dtype=phase.dtype, progress=progress)
-    chain.watch({"event": "note", "text": str(report)})
+    for name, mirror in (("features.h5", False), ("mirrored.h5", True))[:1 + phase.mirror]:
+        if not (backbone or known) or same and (chain.features / name).exists(): continue
+        report = extract(chain.features, backbone or known, str(chain.here.device), load_items(chain.folder / "items.jsonl"), mirror,
+                         batch_size=phase.batch, dtype=phase.dtype, progress=progress)
+        chain.watch({"event": "note", "text": str(report)})
 
 def learn(chain: Chain, number: int, phase: Phase) -> None:
     """Train the model, made now if there is none, on the pictures or on the features that go with its backbone."""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'LEAST', 'KNOWN', 'Loss', 'lesson', 'learn_words', 'learn_scores', 'loss_of', 'Phase', 'named_modules',
-           'check_phase', 'inside', 'learns', 'set_learning', 'training_mode', 'Objective', 'make_accelerator',
-           'Diverged', 'Learner']
+           'check_phase', 'inside', 'learns', 'set_learning', 'training_mode', 'hide_regions', 'Objective',
+           'make_accelerator', 'Diverged', 'Learner']
 
 # %% ../../nbs/train/40_step.ipynb #imports
 from collections.abc import Callable
@@ -80,6 +80,8 @@ class Phase:
     batch: int = 16                     # samples at a time, over all processes
     accumulate: int = 1                 # times that make one step
     captions: int = 5                   # xe: of each picture
+    mirror: bool = False                # half of the pictures are seen in the mirror; needs features of both sides
+    hide: float = 0.0                   # share of a picture's regions that a step does not see, on average
     max_len: int | None = None          # xe: tokens of a caption; None: what the model can take
     smoothing: float = 0.1              # xe
     own: float = 0.0                    # xe: share of the words read in the last epoch that are the model's own; it begins at 0
@@ -107,9 +109,7 @@ class Phase:
     save_every: int = 500               # steps between training states, besides one at the end of every epoch
     keep_every: int = 0                 # epochs between models that are kept besides the best; 0: none
     log_every: int = 20                 # steps that one point of the loss curve averages
-
     def __post_init__(self): check_phase(self)
-
     @property
     def end_to_end(self) -> bool:
         """Whether the backbone, or a part of it, learns: then pictures are needed, not stored features."""
@@ -133,6 +133,7 @@ def check_phase(phase: Phase) -> None:
              *(f"{name} {value(name)}: must be below 1" for name in ("smoothing", "average", "own") if value(name) >= 1),
              *(f"{name} {value(name)!r}: {', '.join(known)}" for name, known in KNOWN.items() if value(name) not in known)]
     if phase.loss not in LOSSES and ":" not in phase.loss: wrong += [f"loss {phase.loss!r}: {', '.join(LOSSES)}, or package.module:name"]
+    if not 0 <= phase.hide <= 0.5: wrong += [f"hide {phase.hide}: must be between 0 and 0.5"]
     if isinstance(phase.train, str) and phase.train not in ("body", "all"):
         wrong += [f"train {phase.train!r}: body, all or a tuple of names"]
     if not phase.name or set(phase.name) & set('<>:"/\\|?* .'): wrong += [f"name {phase.name!r}: must be a folder's name everywhere"]
@@ -167,6 +168,14 @@ def training_mode(model: nn.Module) -> None:
         if borrowed or weights and not any(w.requires_grad for w in weights): module.eval()
 
 # %% ../../nbs/train/40_step.ipynb #Objective
+def hide_regions(mask: Tensor, share: float) -> Tensor:
+    """`mask` [B, N] without some regions: of each picture another part, between none and twice `share`. No picture loses all."""
+    if not share: return mask
+    draw = torch.rand(len(mask), mask.shape[1] + 1).to(mask.device)
+    kept = mask & (draw[:, 1:] >= 2 * share * draw[:, :1])
+    return torch.where(kept.any(1, keepdim=True), kept, mask)
+
+
 class Objective(nn.Module):
     """What a phase minimises: a part's share of the loss of a global batch, with gradients, and numbers for the log."""
     def __init__(self, model: Captioner, phase: Phase, reward: Reward | None = None):
@@ -181,7 +190,8 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, total: int) -> dict[str, Tensor]:
         """{"loss": the share that `batch` has in the mean over `total`}, and what else is worth a line in the log."""
-        means = self.loss.means(self.model, self.model.encode(batch.x, batch.mask), batch, self.phase, self.reward)
+        memory = self.model.encode(batch.x, hide_regions(batch.mask, self.phase.hide))
+        means = self.loss.means(self.model, memory, batch, self.phase, self.reward)
         return {name: mean * (self.count(batch) / total) for name, mean in means.items()}
 
 # %% ../../nbs/train/40_step.ipynb #make-accelerator
