@@ -11,17 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from expnet.classics.show_attend_tell import ShowAttendTell, ShowAttendTellConfig
-from expnet.data.batches import Batches
-from expnet.data.captions import Item, Vocab
-from expnet.data.shapes import shapes
+from expnet.data.batches import Batches, Pictures
+from expnet.data.captions import Item, Vocab, karpathy
+from expnet.data.shapes import shapes, write_world
 from expnet.decode.search import Beam, decode
 from expnet.models.backbone import make_backbone
 from expnet.models.captioner import unroll
 from expnet.score.evaluate import evaluate
-from expnet.tools import seed_all
+from expnet.tools import UserError, seed_all
 from expnet.train.checkpoints import kind_of, load, save_model
+from expnet.train.loop import Data, fit
 from expnet.train.recipes import evaluate_split, open_data, prepare_world, recipe, train
-from expnet.train.step import Learner, Phase, training_mode
+from expnet.train.step import Learner, Phase, learn_words, lesson, training_mode
 
 KINDS = ["ShowTell", "ShowAttendTell", "HardAttendTell"]
 measured = pytest.mark.skipif(not os.environ.get("EXPNET_MEASURE"), reason="minutes of training: set EXPNET_MEASURE=1")
@@ -103,6 +104,31 @@ def test_a_batch_of_one_picture_can_be_learned(drawn):
     learner, batches = Learner(model, Phase(captions=1), "cpu"), Batches(drawn.items[:1], drawn.vocab, drawn, 4)
     training_mode(model)
     assert learner.step(next(batches.epoch(0)), 1e-3)["loss"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_words_change_what_is_read_and_not_what_is_asked(kind, drawn):
+    model, batch = tiny(kind, drawn).eval(), Batches(drawn.items, drawn.vocab, drawn, 8).load(np.arange(8))
+    with torch.no_grad():
+        memory = model.encode(batch.x)
+        (plain, targets), (mixed, same) = (lesson(model, memory, batch, Phase(own=own, epochs=1)) for own in (0.0, 0.9))
+        assert (mixed != plain).any() and torch.equal(targets, same)
+        losses = [learn_words(model, memory, batch, Phase(own=own, epochs=2))["loss"].item() for own in (0.0, 0.9)]
+    assert losses[0] == losses[1]                             # the share begins at 0 in the first of two epochs
+
+
+def test_pictures_that_vary_are_learned_by_a_body_behind_a_frozen_backbone(tmp_path, drawn):
+    dataset = write_world(tmp_path / "world", 12, 4, 4, 1, 1)
+    items = karpathy(dataset, dataset.parent)
+    drawn.vocab = Vocab.build(items, min_count=1)
+    model = tiny("ShowTell", drawn)
+    before = {name: w.clone() for name, w in model.backbone.state_dict().items()}
+    data = Data(items, drawn.vocab, pictures=Pictures(items, drawn.eye.prepare, 64), backbone=drawn.eye)
+    history = fit(model, data, Phase(augment=True, epochs=2, batch=5, warmup=0, log_every=1), tmp_path / "out", device="cpu")
+    assert [row["epoch"] for row in history if "epoch" in row] == [1, 2]
+    assert all(torch.equal(w, before[name]) for name, w in model.backbone.state_dict().items())
+    with pytest.raises(UserError, match="needs pictures"):
+        fit(model, replace(data, pictures=None), Phase(name="again", augment=True), tmp_path / "out", device="cpu")
 
 
 @measured
