@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import resnet18
 
 from expnet.classics.show_attend_tell import ShowAttendTell, ShowAttendTellConfig
+from expnet.cli.app import shell
 from expnet.data.batches import Batches, Pictures
 from expnet.data.captions import Item, Vocab, karpathy
 from expnet.data.shapes import shapes, write_world
@@ -132,7 +134,7 @@ def test_pictures_that_vary_are_learned_by_a_body_behind_a_frozen_backbone(tmp_p
 
 
 @measured
-@pytest.mark.parametrize("kind, least", [("ShowTell", 1.0), ("ShowAttendTell", 1.6)])
+@pytest.mark.parametrize("kind, least", [("ShowTell", 1.0), ("ShowAttendTell", 1.6), ("HardAttendTell", 1.6)])
 def test_four_minutes_on_the_drawn_world_are_enough(kind, least, tmp_path):
     prepare_world(tmp_path / "data")
     train(tmp_path / "data", tmp_path / "none", recipe("tiny", kind), "cpu", only=["features"], backbone=make_backbone("shapes"))
@@ -142,6 +144,23 @@ def test_four_minutes_on_the_drawn_world_are_enough(kind, least, tmp_path):
     scores = evaluate_split(load(tmp_path / "model"), open_data(tmp_path / "data"))[1]
     print(f"{kind}: CIDEr-D {scores.totals['CIDEr-D']:.3f}, BLEU-4 {scores.totals['BLEU-4']:.3f}, {spent:.0f} CPU-seconds")
     assert scores.totals["CIDEr-D"] >= least and spent < 240
+
+
+def test_the_import_command_reads_a_tutorials_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body = {"linear": nn.Linear(512, 6), "bn": nn.BatchNorm1d(6)}
+    eye = nn.ModuleDict({"resnet": nn.Sequential(*list(resnet18().children())[:-1]), **body})
+    mouth = nn.ModuleDict({"embed": nn.Embedding(7, 6), "lstm": nn.LSTM(6, 5), "linear": nn.Linear(5, 7)})
+    torch.save(eye.state_dict(), "encoder.ckpt")
+    torch.save(mouth.state_dict(), "decoder.ckpt")
+    (tmp_path / "words.txt").write_text("<pad>\n<start>\n<end>\n<unk>\na\ndog\nruns")
+    line = "expnet import decoder.ckpt --vocab words.txt --out model --kind ShowTell"
+    assert "ShowTell with --backbone" in shell(line) and not (tmp_path / "model").exists()
+    assert ", 0 missing, 0 mismatched, 0 unexpected" in shell(f"{line} --backbone encoder.ckpt")
+    model = load(tmp_path / "model")
+    assert type(model).__name__ == "ShowTell" and torch.equal(model.head.weight, mouth["linear"].weight)
+    Image.effect_noise((60, 40), 50).convert("RGB").save("photo.jpg")
+    assert model.caption("photo.jpg", beam=2)[0].captions
 
 
 class TutorialsWay(nn.Module):
