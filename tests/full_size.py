@@ -18,7 +18,7 @@ from expnet.data.pickles import write_vocabulary
 from expnet.models.backbone import make_backbone
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.models.official import export_official, import_official
-from expnet.tools import Undrawn, seed_all
+from expnet.tools import seed_all, undrawn
 from expnet.train.checkpoints import save_model
 
 WORDS = sorted(["EOS", "PAD", "SOS", "UNK", "\n", *(f"word{i}" for i in range(9995))])
@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
     """A checkpoint and a vocabulary in the published layout, and a picture."""
     seed_all(0)
     vocab = Vocab(WORDS)
-    with Undrawn(): model = ExpansionNet(ExpansionNetConfig(), vocab, make_backbone("swin/large", None))
+    with undrawn(): model = ExpansionNet(ExpansionNetConfig(), vocab, make_backbone("swin/large", None))
     for weight in model.parameters(): torch.nn.init.uniform_(weight, -0.05, 0.05)
     export_official(folder / "rf_model.pth", model)
     write_vocabulary(folder / "demo_coco_tokens.pickle", vocab)

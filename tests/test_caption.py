@@ -12,7 +12,8 @@ from PIL import Image
 
 from expnet.data.captions import Vocab
 from expnet.data.images import BadImage, Preprocess
-from expnet.decode.caption import as_image, as_sentence, caption, caption_stream
+from expnet.data.pictures import as_image
+from expnet.decode.caption import as_sentence, caption, caption_stream
 from expnet.models.backbone import make_backbone
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.tools import seed_all

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import __version__
 from ..data.captions import Item
 from ..data.images import read_image
-from ..decode.caption import Captioned
+from ..data.pictures import Captioned
 from ..tools import UserError, seed_all
 
 # %% ../../nbs/deploy/52_cli.ipynb #app

@@ -17,7 +17,8 @@ import torch
 import typer
 
 from .app import Device, ModelFolder, Positive, app, gallery
-from ..decode.caption import Captioned, as_sentence, caption_stream
+from ..data.pictures import Captioned
+from ..decode.caption import as_sentence, caption_stream
 from ..decode.search import Beam
 from ..tools import UserError, pick_device
 from ..train.checkpoints import load

@@ -13,7 +13,6 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageOps import fit
 
@@ -128,21 +127,26 @@ class Preprocess:
         if self.resize not in ("squash", "crop"): raise UserError(f"resize {self.resize!r}: squash or crop")
         if self.interpolation not in FILTERS: raise UserError(f"interpolation {self.interpolation!r}: {' or '.join(FILTERS)}")
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Float tensor [3, size, size] of an RGB `image` (see read_image, as_rgb)."""
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """The `size` × `size` picture of an RGB `image` (see read_image, as_rgb): bytes [size, size, 3]."""
         if image.mode != "RGB": raise ValueError(f"an RGB picture is needed, not mode {image.mode}: use read_image or as_rgb")
         square, how = (self.size, self.size), FILTERS[self.interpolation]
-        image = fit(image, square, how) if self.resize == "crop" else image.resize(square, how)
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+        return np.array(fit(image, square, how) if self.resize == "crop" else image.resize(square, how))
+
+    def __call__(self, image: Image.Image) -> "torch.Tensor":
+        """Float tensor [3, size, size] of an RGB `image` (see read_image, as_rgb)."""
+        import torch                                          # here, because reading and resizing do without it
+        x = torch.from_numpy(self.pixels(image)).permute(2, 0, 1).float().div(255)
         return (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
-    def read(self, path: str | Path) -> torch.Tensor:
+    def read(self, path: str | Path) -> "torch.Tensor":
         """Float tensor [3, size, size] of the picture file `path`; BadImage if there is no picture in it."""
         return self(read_image(path, as_original=self.as_original))
 
-    def undo(self, x: torch.Tensor) -> Image.Image:
+    def undo(self, x: "torch.Tensor") -> Image.Image:
         """The picture that became `x` [3, size, size], for display; values that no pixel can have are clipped."""
-        x = x.detach().float().cpu() * torch.tensor(self.std)[:, None, None] + torch.tensor(self.mean)[:, None, None]
+        x = x.detach().float().cpu()
+        x = x * x.new_tensor(self.std)[:, None, None] + x.new_tensor(self.mean)[:, None, None]
         return Image.fromarray((x * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
     def to_dict(self) -> dict:

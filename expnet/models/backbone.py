@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from ..data.images import Preprocess
 from .swin import PRETRAINED, SWINS, Swin, as_published, from_timm
-from ..tools import Undrawn, UserError, count_parameters
+from ..tools import UserError, count_parameters, undrawn
 
 # %% ../../nbs/models/14_backbone.ipynb #as-regions
 def as_regions(grid: Tensor, dim_last: bool = False, prefix: int = 0) -> Tensor:
@@ -151,7 +151,7 @@ def build_swin(name: str, hub: bool, size: int | None, drop_path: float) -> Net:
     if name not in SWINS: raise UserError(f"backbone swin/{name}: the sizes are {', '.join(SWINS)}")
     if hub and name not in PRETRAINED: raise UserError(f"backbone swin/{name}: nobody published weights: give a file or None")
     config = replace(SWINS[name], size=size or SWINS[name].size, drop_path=drop_path)
-    with Undrawn() if hub else nullcontext(): net = Swin(config)
+    with undrawn() if hub else nullcontext(): net = Swin(config)
     if hub: net.load_state_dict(from_timm(create_timm(PRETRAINED[name], True).state_dict()))
     return Net(net, net, Preprocess(config.size), shape=(config.regions, config.width), rename=as_published)
 
@@ -265,7 +265,7 @@ def make_backbone(name: str, weights: str | Path | None = "hub", size: int | Non
     if grid and library == "swin": raise UserError(f"backbone {name}: its grid is fixed by its size")
     if name == "shapes" and weights == "hub": weights = SHAPES_WEIGHTS
     from_file = weights not in (None, "hub")
-    with Undrawn() if from_file else nullcontext(): net = BUILDERS[library](short, weights == "hub", size, drop_path)
+    with undrawn() if from_file else nullcontext(): net = BUILDERS[library](short, weights == "hub", size, drop_path)
     unused = load_weights(net.whole, weights, net.rename) if from_file else []
     for module in net.trunk.modules():
         if batchnorm_eps and isinstance(module, nn.BatchNorm2d): module.eps = batchnorm_eps

@@ -23,7 +23,7 @@ from ..data.pickles import read_vocabulary
 from .backbone import Backbone, make_backbone, read_weights
 from .expansionnet import ExpansionNet, ExpansionNetConfig
 from .swin import SWINS, Swin, SwinConfig, published_buffers
-from ..tools import Undrawn, UserError, whole_file
+from ..tools import UserError, undrawn, whole_file
 
 # %% ../../nbs/models/18_official.ipynb #names-tables
 SWIN, TRUNK = "swin_transf.", "backbone.trunk."                           # where the published and our backbone's names begin
@@ -170,7 +170,7 @@ def import_official(path: str | Path, vocab: Vocab | str | Path, static: Sequenc
         raise UserError(f"{path}: is a model of {rows:,} words, the vocabulary has {len(words):,}")
     how = tensors, words, static, heads, as_original
     try:
-        with Undrawn(): model = build(*how)
+        with undrawn(): model = build(*how)
     except UserError as error: raise UserError(f"{path}: {error}") from error
     ours, report = translate(tensors, model.state_dict(), computed(model))
     if strict and not report.complete: raise UserError(f"{path}: {report}")

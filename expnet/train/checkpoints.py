@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..data.captions import Vocab
 from ..models.backbone import from_spec
 from ..models.captioner import Captioner
-from ..tools import Undrawn, UserError, read_json, whole_file, write_json
+from ..tools import UserError, read_json, undrawn, whole_file, write_json
 
 # %% ../../nbs/train/39_checkpoints.ipynb #MODELS
 MODELS = {"ExpansionNet": "expnet.models.expansionnet:ExpansionNetConfig:ExpansionNet",
@@ -73,7 +73,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     make_config, make_model = kind_of(config["kind"], f"{where}: field 'kind'")
     try: sizes = make_config(**config["config"])
     except TypeError as error: raise UserError(f"{where}: field 'config': {error}") from error
-    with Undrawn(): model = make_model(sizes, vocab, from_spec(config["backbone"]) if config["backbone"] else None)
+    with undrawn(): model = make_model(sizes, vocab, from_spec(config["backbone"]) if config["backbone"] else None)
     if model.backbone is not None: fill(model.backbone, folder / "backbone.safetensors", dtype=dtype)
     fill(model, folder / "model.safetensors", skip="backbone.", dtype=dtype)
     return model.to(device, dtype).eval()
