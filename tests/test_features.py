@@ -19,7 +19,7 @@ from torch import nn
 
 from expnet.data.captions import Item
 from expnet.data.features import FeatureStore, blank_store, describe, row_writer, write_features
-from expnet.data.images import BadImage, Preprocess
+from expnet.data.images import BadImage, Preprocess, preprocess_from
 from expnet.tools import UserError
 
 fork, spawn = (multiprocessing.get_context(kind) for kind in ("fork", "spawn"))
@@ -78,7 +78,7 @@ def test_every_row_belongs_to_its_picture(path, items):
     assert (x == want[order]).all() and mask.all() and mask.shape == (70, 16) and x.dtype == np.float16
     assert len(np.unique(want.reshape(50, -1), axis=0)) == 50  # or the line above would say little
     assert (len(store), store.regions, store.dim, store.spec) == (50, 16, 3, {"name": "patches", "grid": 4})
-    assert Preprocess.from_dict(store.prepare) == Preprocess(size=16) and store.ids == [item.id for item in items]
+    assert preprocess_from(store.prepare) == Preprocess(size=16) and store.ids == [item.id for item in items]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from expnet.data.images import MAX_PIXELS, BadImage, Preprocess, as_rgb, list_images, read_image
+from expnet.data.images import MAX_PIXELS, BadImage, Preprocess, as_rgb, list_images, preprocess_from, read_image
 from expnet.tools import UserError
 
 
@@ -211,7 +211,7 @@ def test_preprocess_says_what_is_wrong():
                           ({"resize": None}, "squash or crop"),
                           ({"interpolation": "nearest"}, "bilinear or bicubic"),
                           ({"crop": 1}, "unknown field crop"), ([], "fields")]:
-        with pytest.raises(UserError, match=words): Preprocess.from_dict(stored)
+        with pytest.raises(UserError, match=words): preprocess_from(stored)
 
 
 def test_list_images(tmp_path):

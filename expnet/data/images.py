@@ -130,14 +130,14 @@ class Preprocess:
     def pixels(self, image: Image.Image) -> np.ndarray:
         """The `size` × `size` picture of an RGB `image` (see read_image, as_rgb): bytes [size, size, 3]."""
         if image.mode != "RGB": raise ValueError(f"an RGB picture is needed, not mode {image.mode}: use read_image or as_rgb")
-        square, how = (self.size, self.size), FILTERS[self.interpolation]
-        return np.array(fit(image, square, how) if self.resize == "crop" else image.resize(square, how))
+        resize = fit if self.resize == "crop" else Image.Image.resize
+        return np.array(resize(image, (self.size, self.size), FILTERS[self.interpolation]))
 
     def __call__(self, image: Image.Image) -> "torch.Tensor":
         """Float tensor [3, size, size] of an RGB `image` (see read_image, as_rgb)."""
-        import torch                                          # here, because reading and resizing do without it
-        x = torch.from_numpy(self.pixels(image)).permute(2, 0, 1).float().div(255)
-        return (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        from torch import from_numpy                          # here, because reading and resizing do without it
+        x = from_numpy(self.pixels(image)).permute(2, 0, 1).float().div(255)
+        return (x - x.new_tensor(self.mean)[:, None, None]) / x.new_tensor(self.std)[:, None, None]
 
     def read(self, path: str | Path) -> "torch.Tensor":
         """Float tensor [3, size, size] of the picture file `path`; BadImage if there is no picture in it."""
@@ -152,11 +152,6 @@ class Preprocess:
     def to_dict(self) -> dict:
         """The fields as values that JSON can hold."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, stored: dict) -> "Preprocess":
-        """The recipe whose `to_dict` is `stored`; UserError names a field that is unknown or has a wrong value."""
-        return preprocess_from(stored)
 
 # %% ../../nbs/data/05_images.ipynb #preprocess-from
 def preprocess_from(stored: dict) -> Preprocess:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.images import Preprocess
+from ..data.images import Preprocess, preprocess_from
 from .swin import PRETRAINED, SWINS, Swin, as_published, from_timm
 from ..tools import UserError, count_parameters, undrawn
 
@@ -282,5 +282,5 @@ def from_spec(spec: dict[str, Any]) -> Backbone:
     """The backbone that `spec` describes, with random weights: the caller loads the stored ones."""
     try: backbone = make_backbone(spec["name"], weights=None, size=spec["prepare"]["size"], **spec["options"])
     except (KeyError, TypeError) as error: raise UserError(f"backbone spec {spec}: {error} is missing or wrong") from error
-    backbone.prepare = Preprocess.from_dict(spec["prepare"])
+    backbone.prepare = preprocess_from(spec["prepare"])
     return backbone
