@@ -21,7 +21,7 @@ from ..data.pickles import read_attributes
 from ..models.backbone import Backbone, make_backbone, read_weights
 from ..models.captioner import Captioner
 from ..models.official import Report, count
-from ..tools import Undrawn, UserError, read_json
+from ..tools import UserError, read_json, undrawn
 
 # %% ../../nbs/classics/74_originals.ipynb #read-words
 NAMES = dict(zip(("<pad>", "<start>", "<end>", "<unk>"), SPECIALS))
@@ -51,7 +51,7 @@ def resnet_of(tensors: Mapping[str, Tensor], size: int, **options) -> Backbone:
     blocks = tuple(count(tensors, rf"encoder\.resnet\.{stage}") for stage in (4, 5, 6, 7))
     depth = RESNETS.get((blocks, "encoder.resnet.4.0.conv3.weight" in tensors))
     if depth is None: raise UserError(f"its encoder is no ResNet that is known here: {blocks} blocks in the four stages")
-    with Undrawn(): return make_backbone(f"torchvision/resnet{depth}", None, size, **options)
+    with undrawn(): return make_backbone(f"torchvision/resnet{depth}", None, size, **options)
 
 # %% ../../nbs/classics/74_originals.ipynb #rename
 TELL = {"encoder.resnet": "backbone.trunk", "encoder.linear": "input", "encoder.bn": "norm", "decoder.embed": "embed", "decoder.lstm": "lstm",

@@ -16,7 +16,7 @@ from torch import Tensor
 from .semi_autoregressive import Transformer, TransformerConfig
 from ..data.captions import Vocab, need
 from ..models.backbone import read_weights
-from ..tools import Undrawn, UserError, read_json
+from ..tools import UserError, read_json, undrawn
 
 # %% ../../nbs/classics/73_satic_checkpoint.ipynb #vocabulary
 SIGNS, NEVER = ("EOS", "PAD", "SOS"), -1e4
@@ -93,6 +93,6 @@ def import_satic(checkpoint: str | Path, labels: str | Path, K: int = 1, heads: 
     if stored: raise UserError(f"{checkpoint}: {len(stored)} tensors have no place here, such as {min(stored)}")
     if len(weights["head.bias"]) != len(vocab):
         raise UserError(f"{checkpoint}: scores {len(weights['head.bias']) - 3} words, and {labels} has {len(vocab) - 3}")
-    with Undrawn(): model = Transformer(config, vocab)
+    with undrawn(): model = Transformer(config, vocab)
     model.load_state_dict(weights)
     return model.eval()

@@ -25,7 +25,7 @@ from ..data.pictures import Captioned
 from ..tools import UserError, seed_all
 
 # %% ../../nbs/deploy/52_cli.ipynb #app
-COMMANDS = ("learn", "distil", "evaluate", "caption", "official", "bench", "serve", "quickstart")                 # modules with commands, in the order of the help
+COMMANDS = ("learn", "distil", "evaluate", "caption", "official", "export", "bench", "serve", "quickstart")                 # modules with commands, in the order of the help
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   help="Image captioning you can read. The usual order: **prepare** captions, extract **features**, **train**, "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import Preprocess
-from ..decode.caption import Picture, named_pictures, prepared
+from ..data.pictures import Picture, named_pictures, rgb_of
 from ..decode.rules import never
 from ..decode.search import Beam, decode
 from .graphs import OPSET, BeamStep, Begin, Encoder, Finish, Growing, Run, one_call, to_onnx
@@ -62,8 +62,8 @@ class Examples:
 # %% ../../nbs/deploy/72_precisions.ipynb #pixels-of
 def pixels_of(pictures: Picture | Iterable[Picture], prepare: Preprocess) -> Tensor:
     """Pixels u8 [B, size, size, 3] of pictures (files, folders, PIL images, arrays), cut and resized as `prepare` says."""
-    each = (prepare.undo(prepared(prepare, picture, name, "raise")) for name, picture in named_pictures(pictures))
-    return torch.from_numpy(np.stack([np.asarray(image) for image in each]))
+    each = (prepare.pixels(rgb_of(picture, name, prepare.as_original)) for name, picture in named_pictures(pictures))
+    return torch.from_numpy(np.stack(list(each)))
 
 # %% ../../nbs/deploy/72_precisions.ipynb #compare
 def compare(path: str | Path, model: Captioner, inputs: dict[str, Tensor], encoder: Encoder, beam_step: BeamStep) -> dict[str, float]:

@@ -20,8 +20,9 @@ from ..data.augment import fits_mirror
 from ..data.batches import Pictures
 from ..data.captions import Item, Vocab, coverage, karpathy, load_items, of_split, save_items
 from ..data.features import FeatureStore, Mirrored, Report, write_features
+from ..data.pictures import Captioned
 from ..data.shapes import write_world
-from ..decode.caption import Captioned, caption_stored
+from ..decode.caption import caption_stored
 from ..decode.groups import words_a_step
 from ..decode.search import Beam, How
 from ..models.backbone import Backbone, from_spec, read_weights
