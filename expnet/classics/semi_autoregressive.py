@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     def ask(self, y: Tensor, kept: Tensor) -> Tensor:
         """Queries [B, heads, R/B · T, D / heads] of y [R, T, D] for the B rows of `kept`."""
-        return self.split(self.query(y).reshape(len(kept), -1, y.shape[-1]))
+        return self.split(self.query(y).reshape(kept.shape[0], -1, y.shape[-1]))
 
     def forward(self, y: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
         """y [R, T, D] looks at `remember(x)`, kept [B, N, 2D], where seen (broadcast to [B, heads, R/B · T, N]) is True -> [R, T, D]."""
@@ -189,7 +189,7 @@ class Transformer(Captioner):
 
     def start(self, memory: Memory) -> list[Past]:
         """An empty past [0, B, 2·dim], of keys and values, for every layer."""
-        return [Past(memory.x.new_zeros(0, len(memory.x), 2 * self.config.dim)) for _ in self.decoder]
+        return [Past(memory.x.new_zeros(0, memory.x.shape[0], 2 * self.config.dim)) for _ in self.decoder]
 
     def step(self, memory: Memory, state: list[Past], previous: Tensor, look: bool = False) -> Step:
         """Log-probabilities [R, K, V] after `previous` [R, K], from the pasts of all words before them; maps of the last layer."""
