@@ -128,11 +128,25 @@ def stage(out: Path) -> None:
 
 
 def prune(html: Path) -> None:
-    """Remove what no reader misses: most of MathJax, translations, source maps, and marks around code that have no colour."""
-    for page in html.rglob("*.html"):
-        write(page, re.sub(r'<span class="[npw]">([^<]*)</span>', r"\1", page.read_text(encoding="utf-8")))
+    """Remove what no reader misses: most of MathJax, translations, source maps, pictures and icons of no page, marks around code without a colour."""
     for path in [p for pattern in UNUSED for p in (html / "_static").glob(pattern)] + list(html.rglob("*.map")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = ""
+    for page in html.rglob("*.html"):
+        plain = re.sub(r'<span class="[npw]">([^<]*)</span>', r"\1", page.read_text(encoding="utf-8"))
+        write(page, plain)
+        text += plain
+    for picture in (html / "_images").iterdir():
+        if picture.name not in text: picture.unlink()
+    scripts = html / "_static/scripts"
+    text += "".join(p.read_text(encoding="utf-8") for p in scripts.glob("*.js") if p.name != "fontawesome.js")
+    write(scripts / "fontawesome.js", without_icons((scripts / "fontawesome.js").read_text(encoding="utf-8"), set(re.findall(r"fa-([a-z0-9-]+)", text))))
+
+
+def without_icons(script: str, used: set[str]) -> str:
+    """Font Awesome's script without the icons, nearly all of it, whose name and second names are not in `used`."""
+    icon = r'"?([\w-]+)"?:\[\d+,\d+,\[([^\]]*)\],"\w+",(?:"[^"]*"|\[[^\]]*\])\],?'
+    return re.sub(icon, lambda m: m[0] if used & {m[1], *re.findall(r'"([\w-]+)"', m[2])} else "", script)
 
 
 def main(folder: Path) -> int:
