@@ -27,7 +27,7 @@ class DynamicExpansion(nn.Module):
     """Mix words through vectors that the words themselves create (ExpansionNet v2, section III-B; one decoder block)."""
     def __init__(self, dim: int, expansion: int = 16, dropout: float = 0.0):
         super().__init__()
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout, inplace=True)
         self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(expansion, dim)))
         self.bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(expansion, dim)))
         self.project = FusedLinear(dim, 5)
@@ -36,7 +36,8 @@ class DynamicExpansion(nn.Module):
         """Words x [B, L, D], keep [B, L, L] from `causal` -> [B, L, D]; rows of padding are sigmoid-gated zeros."""
         cond, key, a, b, selector = self.project(x).chunk(5, -1)
         z, gate = self.dropout(self.scores(cond, key)), torch.sigmoid(selector)
-        return gate * self.path(F.relu(z), a, cond, keep) + (1 - gate) * self.path(F.relu(-z), b, cond, keep)
+        likes, dislikes = (self.path(F.relu(s), v, cond, keep) for s, v in ((z, a), (-z, b)))
+        return dislikes + gate * (likes - dislikes)
 
     def scores(self, cond: Tensor, key: Tensor) -> Tensor:
         """z [B, L, E, L]: vector e of word s (axes 1, 2) against word u (axis 3), from the two small products."""

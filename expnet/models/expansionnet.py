@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Two linear layers with dropout and a ReLU between (in this order one table serves both gradients): dim -> hidden -> dim."""
     def __init__(self, dim: int, hidden: int, dropout: float):
-        super().__init__(Linear(dim, hidden), Dropout(dropout), nn.ReLU(), Linear(hidden, dim))
+        super().__init__(Linear(dim, hidden), Dropout(dropout, inplace=True), nn.ReLU(), Linear(hidden, dim))
 
 # %% ../../nbs/models/17_expansionnet.ipynb #EncoderLayer
 class EncoderLayer(nn.Module):
@@ -94,7 +94,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
         self.static = StaticExpansion(c.dim, c.static, c.dropout)
-        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), Dropout(c.dropout)
+        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), Dropout(c.dropout, inplace=True)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Regions x [B, N, D], mask [B, N] -> [B, N, D]."""
@@ -108,7 +108,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
         self.dynamic, self.cross = DynamicExpansion(c.dim, c.dynamic, c.dropout), CrossAttention(c.dim, c.heads)
-        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), Dropout(c.dropout)
+        self.feed_forward, self.dropout = FeedForward(c.dim, c.feed_forward, c.dropout), Dropout(c.dropout, inplace=True)
 
     def forward(self, y: Tensor, keep: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """All words y [R, T, D] at once, with keep [R, T, T] -> [R, T, D]."""
@@ -136,7 +136,7 @@ class Fusion(nn.Module):
     """The last layer's output plus a linear mix of all layers' outputs, normalised."""
     def __init__(self, layers: int, dim: int, dropout: float):
         super().__init__()
-        self.reduce, self.norm, self.dropout = Linear(layers * dim, dim), nn.LayerNorm(dim), Dropout(dropout)
+        self.reduce, self.norm, self.dropout = Linear(layers * dim, dim), nn.LayerNorm(dim), Dropout(dropout, inplace=True)
 
     def forward(self, outputs: list[Tensor]) -> Tensor:
         """outputs: one [B, T, D] a layer -> [B, T, D]."""
@@ -147,7 +147,7 @@ class WordVectors(nn.Module):
     """Tokens and their places as vectors: √dim · dropout(word table) + place table."""
     def __init__(self, vocab: int, places: int, dim: int, dropout: float):
         super().__init__()
-        self.embed, self.position, self.dropout = nn.Embedding(vocab, dim), nn.Embedding(places, dim), Dropout(dropout)
+        self.embed, self.position, self.dropout = nn.Embedding(vocab, dim), nn.Embedding(places, dim), Dropout(dropout, inplace=True)
 
     def forward(self, tokens: Tensor, first: int | Tensor = 0) -> Tensor:
         """Vectors [R, T, D] of tokens [R, T] that stand at places first, first + 1, ... (a number; in an exported graph a tensor)."""
@@ -168,7 +168,7 @@ class ExpansionNet(Captioner):
         self.words = WordVectors(len(vocab), -(-c.max_len // c.K) * c.K, c.dim, c.dropout)   # whole groups of places
         self.decoder = nn.ModuleList(DecoderLayer(c) for _ in range(c.decoder_layers))
         self.decoder_fusion = Fusion(c.decoder_layers, c.dim, c.dropout)
-        self.head, self.dropout = Linear(c.dim, len(vocab)), Dropout(c.dropout)
+        self.head, self.dropout = Linear(c.dim, len(vocab)), Dropout(c.dropout, inplace=True)
         for name, part in self.named_children():
             if name != "backbone": part.apply(init_weights)
 

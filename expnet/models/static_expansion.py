@@ -39,7 +39,7 @@ class StaticExpansion(nn.Module):
     """Mix regions through learned expansion vectors (ExpansionNet v2, section III-A; one block of the encoder)."""
     def __init__(self, dim: int, groups: Sequence[int] = (32, 64, 128, 256, 512), dropout: float = 0.0):
         super().__init__()
-        self.groups, self.dropout = tuple(groups), Dropout(dropout)
+        self.groups, self.dropout = tuple(groups), Dropout(dropout, inplace=True)
         self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(sum(groups), dim)))
         self.bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(sum(groups), dim)))
         self.project = FusedLinear(dim, 4)
@@ -50,7 +50,8 @@ class StaticExpansion(nn.Module):
         key = key * mask[..., None].to(key.dtype) / sqrt(x.shape[-1])                 # a padded region scores 0 everywhere
         z = self.dropout(linear(key, self.query))                                     # (batch, regions, vectors)
         gate, path = torch.sigmoid(selector), self.path if self.training else self.short_path
-        return gate * path(F.relu(z), a) + (1 - gate) * path(F.relu(-z), b)
+        likes, dislikes = path(F.relu(z), a), path(F.relu(-z), b)
+        return dislikes + gate * (likes - dislikes)
 
     def path(self, z: Tensor, values: Tensor) -> Tensor:
         """Forward and backward through one sign of the scores: z [B, N, M] >= 0, values [B, N, D] -> [B, N, D]."""

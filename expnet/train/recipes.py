@@ -130,10 +130,10 @@ def phases(xe: dict[str, Any], xe_all: dict[str, Any], rl: dict[str, Any], rl_al
 
 RECIPES = {
     "tiny": Recipe("tiny", phases(
-        dict(epochs=3, batch=32, lr=2e-3, warmup=50),
-        dict(epochs=1, batch=32, lr=3e-4, warmup=20),
-        dict(epochs=2, batch=32, lr=2e-4, warmup=10),
-        dict(epochs=1, batch=32, lr=3e-5, warmup=10), validate=200)),
+        dict(epochs=2, batch=32, lr=2e-3, warmup=50),
+        dict(epochs=1, batch=32, lr=2e-4, warmup=20),
+        dict(epochs=1, batch=32, lr=2e-4, warmup=10),
+        dict(epochs=1, batch=32, lr=3e-5, warmup=10), validate=200, beam=3, sample_len=28, temperature=0.5)),
     "flickr8k": Recipe("flickr8k", phases(
         dict(epochs=12, batch=16, lr=7e-4, warmup=300),
         dict(epochs=2, batch=16, lr=3e-5, warmup=100),

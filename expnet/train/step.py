@@ -55,7 +55,7 @@ def learn_words(model: Captioner, memory: Memory, batch: Batch, phase: "Phase", 
 
 def learn_scores(model: Captioner, memory: Memory, batch: Batch, phase: "Phase", reward: Reward) -> dict[str, Tensor]:
     """The self-critical loss and the mean score of the captions that the model says of the pictures."""
-    learnt = self_critical(model, memory, batch.ids, reward, phase.samples, phase.sample_len, phase.baseline)
+    learnt = self_critical(model, memory, batch.ids, reward, phase.samples, phase.sample_len, phase.baseline, temperature=phase.temperature)
     return {"loss": learnt.loss, "reward": learnt.rewards.mean()}
 
 
@@ -87,7 +87,8 @@ class Phase:
     own: float = 0.0                    # xe: share of the words read in the last epoch that are the model's own; it begins at 0
     augment: bool = False               # a random part of each picture, sometimes mirrored; then pictures are read, not features
     samples: int = 5                    # scst: captions said of each picture,
-    sample_len: int = 20                # of so many tokens at most, EOS counted
+    sample_len: int = 20                # of so many tokens at most, EOS counted,
+    temperature: float = 1.0            # drawn from softmax(scores / temperature), which is what learns
     baseline: str = "others_mean"       # scst: what a caption has to be better than
     optimiser: str = "adamw"
     weight_decay: float = 0.01
@@ -129,7 +130,7 @@ def check_phase(phase: Phase) -> None:
     """UserError for the first number of `phase` that cannot work."""
     value = lambda name: getattr(phase, name)
     wrong = [*(f"{name} {value(name)}: must be {low} or more" for name, low in LEAST.items() if value(name) < low),
-             *(f"{name} {value(name)}: must be above 0" for name in ("lr", "clip", "explode") if not value(name) > 0),
+             *(f"{name} {value(name)}: must be above 0" for name in ("lr", "clip", "explode", "temperature") if not value(name) > 0),
              *(f"{name} {value(name)}: must be below 1" for name in ("smoothing", "average", "own") if value(name) >= 1),
              *(f"{name} {value(name)!r}: {', '.join(known)}" for name, known in KNOWN.items() if value(name) not in known)]
     if phase.loss not in LOSSES and ":" not in phase.loss: wrong += [f"loss {phase.loss!r}: {', '.join(LOSSES)}, or package.module:name"]
