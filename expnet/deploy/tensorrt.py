@@ -83,7 +83,7 @@ def kept(graph: Path, facts: Sequence, folder: Path, make: Callable[[], bytes]) 
     return path.read_bytes()
 
 # %% ../../nbs/deploy/50_tensorrt.ipynb #cpu-missing
-PLUGINS = "int initLibNvInferPlugins(void *log, const char *space) { return 1; }"
+PLUGINS = "int initLibNvInferPlugins(void *log, const char *space) { return 1; }"    # the bindings want it; no graph of ours does
 
 def cannot_try() -> str:
     """Why graphs cannot be tried on this computer without a GPU, in one sentence; "" if they can."""
