@@ -137,7 +137,7 @@ RECIPES = {
     "flickr8k": Recipe("flickr8k", phases(
         dict(epochs=12, batch=16, lr=7e-4, warmup=300),
         dict(epochs=2, batch=16, lr=3e-5, warmup=100),
-        dict(epochs=5, batch=16, lr=1e-4, warmup=50, beam=3, validate=1000, dropout=0.2, mirror=True, hide=0.1, average=0.995),
+        dict(epochs=10, batch=16, lr=1e-4, warmup=50, beam=3, dropout=0.1),
         dict(epochs=1, batch=16, lr=2e-6, warmup=1, beam=3, dropout=0.1), precision="bf16")),
     "coco": Recipe("coco", phases(
         dict(epochs=8, batch=48, captions=1, lr=2e-4, warmup=10_000, factor=0.8, every=2, dropout=0.3, beam=3),
