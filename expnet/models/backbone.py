@@ -97,8 +97,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Prepared pictures [B, 3, size, size] -> regions [B, N, dim], in the precision of the weights."""
-        images = images.to(next(self.parameters()).dtype)
-        x = self.trunk(images.contiguous(memory_format=torch.channels_last))
+        x = self.trunk(images.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last))
         if side := self.options.get("grid"): x = regrid(x, side, self.dim_last)
         x = as_regions(x, self.dim_last, self.prefix)
         return x.mean(1, keepdim=True) if self.options.get("pooled") else x
@@ -125,8 +124,7 @@ class Backbone(nn.Module):
     @property
     def spec(self) -> dict[str, Any]:
         """What `from_spec` needs to build this backbone again, without its weights; JSON values only."""
-        return {"name": self.name, "options": self.options, "prepare": self.prepare.to_dict(), "regions": self.regions,
-                "dim": self.dim}
+        return {"name": self.name, "options": self.options, "prepare": self.prepare.to_dict(), "regions": self.regions, "dim": self.dim}
 
 # %% ../../nbs/models/14_backbone.ipynb #Net
 class Net(NamedTuple):
