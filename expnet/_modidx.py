@@ -191,6 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'expnet.cli.learn.Training.__enter__': ( 'deploy/learn_commands.html#training.__enter__',
                                                                            'expnet/cli/learn.py'),
                                   'expnet.cli.learn.Training.watch': ('deploy/learn_commands.html#training.watch', 'expnet/cli/learn.py'),
+                                  'expnet.cli.learn.best_line': ('deploy/learn_commands.html#best_line', 'expnet/cli/learn.py'),
                                   'expnet.cli.learn.epoch_line': ('deploy/learn_commands.html#epoch_line', 'expnet/cli/learn.py'),
                                   'expnet.cli.learn.features': ('deploy/learn_commands.html#features', 'expnet/cli/learn.py'),
                                   'expnet.cli.learn.memory': ('deploy/learn_commands.html#memory', 'expnet/cli/learn.py'),
