@@ -149,3 +149,13 @@ def test_the_command_binds_to_loopback_and_says_where(tmp_path):
     finally:
         process.terminate()
         process.communicate()
+
+
+def test_an_exported_model_answers_too():
+    pytest.importorskip("onnxruntime", reason="exported models need the extra onnx")
+    from exported import artefact
+    from expnet.deploy.runtime import Runtime
+    exported = Runtime(artefact())
+    answer = Desk({"exported": exported}).answer(picture(0), {"n": "2", "beam": "3"})
+    said = exported.caption([Image.open(io.BytesIO(picture(0))).convert("RGB")])[0]
+    assert [c["text"] for c in answer["captions"]] == list(said.captions[:2]) and [c["maps"] for c in answer["captions"]] == [[], []]
