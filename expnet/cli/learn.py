@@ -61,10 +61,10 @@ def phase_line(phase, number: int, of: int, **event: Any) -> str:
     return f"[bold]phase {number} of {of}  {phase.name}[/bold]  {what}"
 
 # %% ../../nbs/deploy/53_learn_commands.ipynb #cell-07-ea9f98
-def best_line(history: list[dict[str, Any]]) -> str:
-    """The best epoch of the last phase in one line."""
-    best = max((h for h in history if h["phase"] == history[-1]["phase"] and "epoch" in h), key=lambda h: h["CIDEr-D"])
-    return f"best of {best['phase']}: epoch {best['epoch']}, CIDEr-D {best['CIDEr-D']:.3f} on the validation split"
+def best_line(history: list[dict[str, Any]], score: str) -> str:
+    """The best epoch of the last phase, by its `score`, in one line."""
+    best = max((h for h in history if h["phase"] == history[-1]["phase"] and "epoch" in h), key=lambda h: h[score])
+    return f"best of {best['phase']}: epoch {best['epoch']}, {score} {best[score]:.3f} on the validation split"
 
 def epoch_line(event: dict[str, Any]) -> str:
     """An epoch's scores in one line, and below it two captions of validation pictures."""
@@ -139,4 +139,5 @@ def train(folder: Folder, out: Out, recipe_name: Annotated[str, typer.Option("--
     how, eye = replace(how, K=K), make_backbone(backbone, weights) if backbone else None
     with Training("training") as watch:
         history = train_recipe(folder, out, how, device, watch, [p for p in phases.split(",") if p], eye, start, track)
-    console.print(f"{best_line(history)}; the model is in {out}")
+    score = next(phase for phase in how.phases if phase.name == history[-1]["phase"]).best
+    console.print(f"{best_line(history, score)}; the model is in {out}")

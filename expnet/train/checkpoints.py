@@ -27,7 +27,8 @@ MODELS = {"ExpansionNet": "expnet.models.expansionnet:ExpansionNetConfig:Expansi
           "ShowTell": "expnet.classics.show_tell:ShowTellConfig:ShowTell",
           "ShowAttendTell": "expnet.classics.show_attend_tell:ShowAttendTellConfig:ShowAttendTell",
           "HardAttendTell": "expnet.classics.hard_attention:HardAttendTellConfig:HardAttendTell",
-          "Transformer": "expnet.classics.semi_autoregressive:TransformerConfig:Transformer"}
+          "Transformer": "expnet.classics.semi_autoregressive:TransformerConfig:Transformer",
+          "ActorCritic": "expnet.classics.actor_critic:ActorCriticConfig:ActorCritic"}
 
 def kind_of(name: str, where: str) -> tuple[type, type]:
     """The config class and the model class called `name`; UserError, starting with `where`, for a name that is not in MODELS."""

@@ -186,8 +186,9 @@ def measure(run: Run, watch: Watch) -> None:
     """Validate, remember, keep the model if it is the best, and save the state."""
     with run.learner.averaged():
         scores = validate(run)
-        better = scores["CIDEr-D"] > run.best
-        run.best, run.stale = max(run.best, scores["CIDEr-D"]), 0 if better else run.stale + 1
+        score = scores[run.phase.best]
+        better = score > run.best
+        run.best, run.stale = max(run.best, score), 0 if better else run.stale + 1
         run.history.append({"phase": run.phase.name, "step": run.step, "epoch": run.epoch, **scores})
         if run.main: keep(run, better)
     run.accelerator.log({name: value for name, value in scores.items() if name != "captions"}, step=run.step)

@@ -104,6 +104,7 @@ class Phase:
     explode: float = 1000.0             # a larger loss ends the run
     beam: int = 1                       # of the validation
     validate: int = 500                 # pictures of the validation split at most
+    best: str = "CIDEr-D"               # the score of the validation that decides which model is kept
     patience: int = 0                   # epochs without a better score before stopping; 0: never stop early
     precision: str = "fp32"             # or bf16: automatic mixed precision
     seed: int = 0
@@ -120,7 +121,8 @@ class Phase:
 LEAST = {**dict.fromkeys(("epochs", "batch", "accumulate", "captions", "samples", "sample_len", "every", "beam", "validate", "save_every",
                           "log_every"), 1),
          **dict.fromkeys(("warmup", "patience", "weight_decay", "keep_every", "average", "smoothing", "own"), 0)}
-KNOWN = {"optimiser": OPTIMISERS, "schedule": SCHEDULES, "baseline": BASELINES, "precision": ("fp32", "bf16")}
+KNOWN = {"optimiser": OPTIMISERS, "schedule": SCHEDULES, "baseline": BASELINES, "precision": ("fp32", "bf16"),
+         "best": ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")}
 
 def named_modules(train: str | tuple[str, ...]) -> tuple[str, ...]:
     """The modules that `train` names, if it is neither body nor all."""
