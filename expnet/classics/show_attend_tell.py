@@ -16,6 +16,7 @@ from .show_tell import mean_region
 from ..data.batches import Batch
 from ..models.captioner import Captioner, Memory, Step, for_rows, log_probabilities
 from ..models.dropout import Dropout
+from ..models.linear import Linear
 from ..tools import UserError
 from ..train.losses import xe
 from ..train.recipes import Extract, Recipe
@@ -52,7 +53,7 @@ class AdditiveAttention(nn.Module):
     """Which regions to look at, given a state (Bahdanau et al. 2015, with the tutorial's ReLU): softmax of v · ReLU(key + query)."""
     def __init__(self, features: int, hidden: int, dim: int):
         super().__init__()
-        self.key, self.query, self.score = nn.Linear(features, dim), nn.Linear(hidden, dim), nn.Linear(dim, 1, bias=False)
+        self.key, self.query, self.score = Linear(features, dim), nn.Linear(hidden, dim), nn.Linear(dim, 1, bias=False)
 
     def forward(self, h: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """Shares [B, n, N] of the regions for states h [B·n, hidden], n rows a picture; keys [B, N, dim], mask [B, N]."""
@@ -82,8 +83,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = c.layers
         self.first_h, self.first_c = (nn.Linear(c.features, c.layers * c.hidden) for _ in range(2))
-        self.attention, self.gate = AdditiveAttention(c.features, c.hidden, c.attention), nn.Linear(c.hidden, c.features)
-        self.said, self.seen = nn.Linear(c.words, 4 * c.hidden), nn.Linear(c.features, 4 * c.hidden, bias=False)
+        self.attention, self.gate = AdditiveAttention(c.features, c.hidden, c.attention), Linear(c.hidden, c.features)
+        self.said, self.seen = nn.Linear(c.words, 4 * c.hidden), Linear(c.features, 4 * c.hidden, bias=False)
         self.cells = nn.ModuleList(Cell(c.hidden) for _ in range(c.layers))
         self.between = nn.ModuleList(nn.Linear(c.hidden, 4 * c.hidden) for _ in range(c.layers - 1))
 
@@ -108,7 +109,7 @@ class ShowAttendTell(Captioner):
         super().__init__(vocab, config.max_len, backbone)
         self.config = config
         self.embed, self.dropout = nn.Embedding(len(vocab), config.words), Dropout(config.dropout)
-        self.decoder, self.head = Decoder(config), nn.Linear(config.hidden, len(vocab))
+        self.decoder, self.head = Decoder(config), Linear(config.hidden, len(vocab))
         for table in (self.embed, self.head): nn.init.uniform_(table.weight, -0.1, 0.1)
         nn.init.zeros_(self.head.bias)
 
