@@ -58,7 +58,7 @@ def write_onnx(folder: Path, precision: str) -> dict:
     return {"seconds": round(spent, 1), "MB": {path.name: round(path.stat().st_size / 1e6) for path in to.iterdir()}, **check}
 
 
-def compare(folder: Path, turns: int = 3) -> dict[str, float]:
+def compare(folder: Path, turns: int = 2) -> dict[str, float]:
     """Median CPU seconds of one picture, every way in turn."""
     model = load(folder / "model")
     encoder, again = Encoder(model), Recompute(model)

@@ -332,5 +332,6 @@ def one_call(encoder: str | Path, beam_step: str | Path, begin: str | Path, fini
     main.outputs[:] = list(best.values())
     for name, value in best.items(): value.name = name.removeprefix("best_")
     RemoveUnusedNodesPass()(model)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, path)
     return Path(path)
