@@ -77,8 +77,8 @@ def with_torchs_layers(model: ExpansionNet) -> ExpansionNet:
     """A model of the same weights, shared with `model`, in which torch's own linear layers multiply, as in the published code."""
     shared = [*model.parameters(), *model.buffers(), model.vocab, model.backbone]
     copy = deepcopy(model, {id(part): part for part in shared})
-    for module in copy.modules():
-        if type(module) is Linear: module.__class__ = nn.Linear
+    for name, module in copy.named_modules():
+        if type(module) is Linear and not name.startswith("backbone"): module.__class__ = nn.Linear
     return copy
 
 # %% ../../nbs/decode/22_cache.ipynb #Recompute
