@@ -12,7 +12,7 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"": "First steps", "data": "Data", "models": "Models", "decode": "Decoding", "score": "Scores", "train": "Training",
-         "classics": "Classics", "deploy": "Use", "phases": "Phases"}           # folders of nbs, in reading order
+         "classics": "Classics", "phases": "Phases", "deploy": "Use"}           # folders of nbs, in reading order
 UNUSED = ["mathjax/[!iot]*", "mathjax/input/*.js", "mathjax/input/mml", "mathjax/output/*.js", "mathjax/output/svg", "mathjax/tex-*-*.js",
           "mathjax/tex-svg.js", "locales"]                  # below _static: a formula needs tex-chtml.js, its extensions and fonts
 PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"]                          # beside the README, which is the first page
