@@ -110,7 +110,7 @@ def diverse(totals: Tensor, size: int, groups: int, diversity: float) -> tuple[T
     for start in range(0, width * groups, width):
         start %= totals.shape[1]
         parent, word = best(totals[:, start:start + width] - diversity * used, size)
-        used.scatter_add_(2, word[:, None], used.new_ones(len(word), 1, size)[..., :word.shape[1]])
+        used.scatter_add_(2, word[:, None], used.new_ones(word.shape[0], 1, size)[..., :word.shape[1]])
         picks.append((parent + start, word))
     return tuple(torch.cat(part, 1) for part in zip(*picks))
 
