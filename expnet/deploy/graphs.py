@@ -107,7 +107,7 @@ class Window(Past):
 class Layout:
     """How the memory and the state of a captioner lie in lists of named tensors."""
     def __init__(self, memory: Memory, state: Any):
-        cache, self.cache = tree_flatten(memory.cache)
+        cache, self.cache = tree_flatten(() if memory.cache is None else memory.cache)
         leaves, self.state = tree_flatten(state)
         self.pasts = [isinstance(leaf, Past) for leaf in leaves]
         self.empty = [leaf.kept[:0, :1].transpose(0, 1) for leaf in leaves if isinstance(leaf, Past)]       # [1, 0, D]
@@ -117,7 +117,7 @@ class Layout:
 
     def from_memory(self, memory: Memory) -> list[Tensor]:
         """The tensors of `memory` in the order of `memory_names`."""
-        return [memory.x, memory.mask, *tree_flatten(memory.cache)[0]]
+        return [memory.x, memory.mask, *(tree_flatten(memory.cache)[0] if memory.cache is not None else ())]
 
     def to_memory(self, leaves: Sequence[Tensor]) -> Memory:
         """The memory whose `from_memory` is `leaves`."""
@@ -258,7 +258,8 @@ class Begin(Graph):
 
     def forward(self, memory: Tensor, *start: Tensor) -> tuple[Tensor, ...]:
         step, size = self.beam_step, (memory.shape[0], self.beam_step.how.size, self.beam_step.places)
-        total = torch.where(torch.arange(size[1], device=memory.device) == 0, 0.0, -torch.inf).expand(size[:2]).contiguous()
+        first = torch.arange(size[1], device=memory.device) % (size[1] // step.how.groups) == 0         # one row of each group
+        total = torch.where(first, 0.0, -torch.inf).expand(size[:2]).contiguous()
         length = torch.zeros(size[:2], dtype=torch.long, device=memory.device)
         tokens, logp = torch.full(size, step.model.vocab.sos, device=memory.device), torch.zeros(size, device=memory.device)
         return length.new_zeros(()), tokens, logp, total, length, length.clone(), *step.layout.begin([memory, *start], *size[1:])
