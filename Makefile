@@ -25,7 +25,7 @@ setup: .venv/ready  ## create .venv and install the package with its development
 quickstart: setup  ## draw a world, learn to caption it, show scores and a picture (minutes, no GPU)
 	$(BIN)/expnet quickstart --out runs/quickstart
 
-test: setup notebooks test-browser  ## what CI runs: every notebook, the browser, then pytest (which also checks that notebooks are clean and exported)
+test: setup notebooks  ## what CI runs: every notebook, then pytest (which also checks that notebooks are clean and exported)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-browser: setup  ## JupyterLab, the site and expnet serve in headless Chromium; skipped by name where there is none
