@@ -26,7 +26,8 @@ quickstart: setup  ## draw a world, learn to caption it, show scores and a pictu
 	$(BIN)/expnet quickstart --out runs/quickstart
 
 test: setup notebooks  ## what CI runs: every notebook, then pytest (which also checks that notebooks are clean and exported)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not browser and not alone"
 
 test-browser: setup  ## JupyterLab, the site and expnet serve in headless Chromium; skipped by name where there is none
 	@which chromium chromium-browser google-chrome >/dev/null || timeout 300 sh -c "apt-get update && apt-get install -y --no-install-recommends chromium" >/dev/null 2>&1 || true

@@ -12,6 +12,7 @@ from expnet.deploy.packed import pack
 from expnet.models.captioner import teacher_forcing, unroll
 from expnet.models.dynamic_expansion import causal
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
+from toy import captions
 
 vocab = Vocab(["EOS", "PAD", "SOS", "UNK", *"abcdefghijkl"])
 SIZES = ExpansionNetConfig(features=12, dim=32, heads=4, feed_forward=64, static=(2, 4), dynamic=4, max_len=15, dropout=0.0)
@@ -27,21 +28,11 @@ def model(K: int, **changes) -> ExpansionNet:
     return net
 
 
-def captions(rows: int, longest: int) -> torch.Tensor:
-    """Rows [rows, longest] of SOS, 1 to longest - 2 words, EOS, PAD."""
-    torch.manual_seed(2)
-    lengths = torch.randint(1, longest - 1, (rows, 1)).clamp(max=longest - 2)
-    lengths[0] = longest - 2
-    place, words = torch.arange(longest), torch.randint(4, len(vocab), (rows, longest))
-    words = torch.where(place == 0, vocab.sos, words)
-    return torch.where(place == lengths + 1, vocab.eos, torch.where(place > lengths + 1, vocab.pad, words))
-
-
 @pytest.mark.parametrize("longest", [13, 14, 15])                           # with and without a partial last group
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 5, 6])
 @torch.no_grad()
 def test_parallel_equals_unrolled_equals_recomputed(K, longest):
-    net, x, (inputs, targets) = model(K), torch.randn(4, 5, 12).double(), teacher_forcing(captions(8, longest), vocab, K)
+    net, x, (inputs, targets) = model(K), torch.randn(4, 5, 12).double(), teacher_forcing(captions(vocab, 8, longest), vocab, K)
     real = targets != vocab.pad
     at_once = net(net.encode(x), inputs).log_softmax(-1)
     for other in (net, Recompute(net)):
@@ -51,7 +42,7 @@ def test_parallel_equals_unrolled_equals_recomputed(K, longest):
 @pytest.mark.parametrize("K", [1, 2, 3, 4])
 def test_nothing_leaks_to_an_earlier_group(K):
     net, x = model(K), torch.randn(1, 5, 12).double()
-    inputs, _ = teacher_forcing(captions(1, 13), vocab, K)
+    inputs, _ = teacher_forcing(captions(vocab, 1, 13), vocab, K)
     words = net.words(inputs).detach().requires_grad_()
     keep, outputs, memory = causal(torch.ones_like(inputs, dtype=torch.bool), K), [words], net.encode(x)
     for layer, kv in zip(net.decoder, memory.cache): outputs.append(layer(outputs[-1], keep, kv, memory.mask))
@@ -65,7 +56,7 @@ def test_nothing_leaks_to_an_earlier_group(K):
 
 @torch.no_grad()
 def test_one_word_a_step_is_the_ordinary_model_bit_for_bit():
-    net, x, tokens = model(1), torch.randn(4, 5, 12).double(), captions(8, 14)
+    net, x, tokens = model(1), torch.randn(4, 5, 12).double(), captions(vocab, 8, 14)
     inputs, targets = teacher_forcing(tokens, vocab, 1)
     assert torch.equal(inputs, tokens[:, :-1]) and torch.equal(targets, tokens[:, 1:])
     same = words_a_step(net.float(), 1)

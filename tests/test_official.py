@@ -183,6 +183,7 @@ def test_other_words_and_fewer_places_keep_what_is_shared(tmp_path, whole):
     assert seeded.words.embed.weight.grad[mine.index["w03"]].abs().sum() > 0
 
 
+@pytest.mark.alone                                                           # a neighbour would share the memory's speed and change the ratio
 def test_the_published_sizes_fit_into_little_memory_and_half_precision_pays(tmp_path):
     """A file of 949 MB is drawn, imported, and captions a picture; needs 2 GB of disk and about a minute."""
     done = subprocess.run([sys.executable, str(Path(__file__).parent / "full_size.py"), str(tmp_path)], capture_output=True, text=True)
@@ -190,8 +191,7 @@ def test_the_published_sizes_fit_into_little_memory_and_half_precision_pays(tmp_
     found = json.loads(done.stdout)
     assert max(found["convert"], found["say"], found["say_bf16"]) * 2**30 <= 2.5e9, found
     if torch.ops.mkldnn._is_mkldnn_bf16_supported() and re.search("avx512_bf16|amx_bf16", cpu_flags()):
-        least = 1.7 if "EXPNET_MEASURE" in os.environ else 1.3             # two processes share the memory's speed when tests run side by side
-        assert found["compare"]["fp32"] / found["compare"]["bf16"] >= least, found
+        assert found["compare"]["fp32"] / found["compare"]["bf16"] >= 1.7, found
 
 
 def cpu_flags() -> str:

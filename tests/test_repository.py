@@ -39,7 +39,7 @@ def test_a_chapter_is_a_chapter(path):
     assert re.match(r"# .+\n\n> .+", text[0]), "begins with a title and one sentence that says what is gained"
     assert sum(len(t.split()) for t in text) >= 200, "a chapter needs sentences"
     assert "## What we have now" in text[-1] or path.stem == "index"
-    assert all(len(c.splitlines()) <= (60 if "@dataclass" in c else 45) for c in code), "a cell fits on a screen, a table of settings on a page"
+    assert all(len(c.splitlines()) <= 45 for c in code), "a cell fits on a screen"
     assert not any("expect_fail(lambda" in c for c in code), "expect_fail is a context manager: that call checks nothing"
     assert not any(re.search(r"^\s*from \S+ import \*", c, re.M) for c in code)
 

@@ -23,6 +23,7 @@ from expnet.train.checkpoints import load
 from expnet.train.loop import Run
 from expnet.train.recipes import evaluate_split, extract, open_data, prepare, prepare_world, recipe, train
 from expnet.train.self_critical import say
+from toy import captions
 
 measured = pytest.mark.skipif(not os.environ.get("EXPNET_MEASURE"), reason="set EXPNET_MEASURE=1 to train and measure for minutes")
 vocab = Vocab(["EOS", "PAD", "SOS", "UNK", *(f"w{i:02}" for i in range(20))])
@@ -38,23 +39,13 @@ def model(K: int, dtype=torch.float64) -> Transformer:
     return net
 
 
-def captions(rows: int, longest: int) -> torch.Tensor:
-    """Rows [rows, longest] of SOS, 1 to longest - 2 words, EOS, PAD; the first one is the longest."""
-    seed_all(2)
-    words = torch.randint(4, len(vocab), (rows, longest))
-    length, place = torch.randint(1, longest - 1, (rows, 1)), torch.arange(longest)
-    length[0] = longest - 2
-    words = torch.where(place == 0, vocab.sos, words)
-    return torch.where(place == length + 1, vocab.eos, torch.where(place > length + 1, vocab.pad, words))
-
-
 @pytest.mark.parametrize("longest", [13, 14, 15])                           # with and without a partial last group
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 5, 6])
 @torch.no_grad()
 def test_parallel_equals_unrolled(K, longest):
     x, mask = torch.randn(4, 5, 12), torch.rand(4, 5) < 0.7
     mask[0], mask[1] = True, False                                          # all regions, and none
-    inputs, targets = teacher_forcing(captions(8, longest), vocab, K)
+    inputs, targets = teacher_forcing(captions(vocab, 8, longest), vocab, K)
     for dtype, most in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         net = model(K, dtype)
         memory = net.encode(x.to(dtype), mask)
@@ -65,7 +56,7 @@ def test_parallel_equals_unrolled(K, longest):
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 6])
 def test_nothing_leaks_to_an_earlier_group(K):
     net = model(K)
-    inputs, _ = teacher_forcing(captions(1, 13), vocab, K)
+    inputs, _ = teacher_forcing(captions(vocab, 1, 13), vocab, K)
     words = net.words(inputs).detach().requires_grad_()
     net.words.forward = lambda tokens, first=0: words
     logits = net(net.encode(torch.randn(1, 5, 12).double()), inputs)[0]
@@ -143,7 +134,7 @@ def test_rewards_of_a_student_compare_with_people(eight, tmp_path):
     assert [i.captions for i in after.references] == [i.captions for i in before.of("train")]
     run = Run(load(teacher), after, how.phases[2], tmp_path / "run", "cpu")
     people = CiderDReward(References.build(before.of("train"), before.vocab))
-    ids, tokens = [item.id for item in before.of("train")[:3]], captions(3, 9)[:, None, 1:]
+    ids, tokens = [item.id for item in before.of("train")[:3]], captions(vocab, 3, 9)[:, None, 1:]
     assert (run.learner.objective.reward(ids, tokens) == people(ids, tokens)).all()
     history = train(tmp_path / "taught", tmp_path / "student", replace(how, K=2), "cpu", start=teacher)
     assert load(tmp_path / "student").K == 2 and [row["reward"] for row in history if "reward" in row]

@@ -1,4 +1,4 @@
-"""A captioner without weights for tests of searches: every beginning of every picture has its own random next-word table."""
+"""A captioner without weights for tests of searches, in which every beginning of every picture has its own random next-word table; captions of no meaning."""
 import torch
 
 from expnet.data.captions import Vocab
@@ -33,3 +33,12 @@ class Toy(Captioner):
 def pictures(n: int, first: int = 0) -> torch.Tensor:
     """n different pictures [n, 1, 1]; the toy only looks at their number."""
     return torch.arange(first, first + n).float()[:, None, None]
+
+
+def captions(vocab: Vocab, rows: int, longest: int) -> torch.Tensor:
+    """Rows [rows, longest] of SOS, 1 to longest - 2 words, EOS, PAD, always the same; the first one is the longest."""
+    torch.manual_seed(2)
+    length, place = torch.randint(1, longest - 1, (rows, 1)), torch.arange(longest)
+    length[0] = longest - 2
+    words = torch.where(place == 0, vocab.sos, torch.randint(4, len(vocab), (rows, longest)))
+    return torch.where(place == length + 1, vocab.eos, torch.where(place > length + 1, vocab.pad, words))
