@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'open_h5', 'row_names', 'blank_store', 'write_at', 'row_writer', 'Index', 'read_index', 'FeatureStore',
            'find_place', 'read_packed', 'Decoder', 'to_stored', 'describe', 'check_same', 'working', 'file_to_write',
-           'copy_rows', 'unique_paths', 'Report', 'fill_rows', 'blocks_to_do', 'write_features', 'Mirrored']
+           'copy_rows', 'unique_paths', 'Report', 'fill_rows', 'blocks_to_do', 'write_features']
 
 # %% ../../nbs/data/07_features.ipynb #imports
 import json
@@ -342,12 +342,3 @@ def write_features(path: str | Path, items: Iterable[Item], backbone: nn.Module,
     if target != str(path) and here.is_main_process: os.replace(target, path)
     here.wait_for_everyone()
     return Report(written, kept, bad)
-
-# %% ../../nbs/data/07_features.ipynb #6e263a0f
-class Mirrored(nn.Module):
-    """The `backbone`, looking at every picture in a mirror; its spec says so."""
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone, self.prepare, self.spec = backbone, backbone.prepare, {**backbone.spec, "mirrored": True}
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor: return self.backbone(images.flip(-1))

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..data.augment import fits_mirror
+from ..data.augment import Mirrored, fits_mirror
 from ..data.batches import Pictures
 from ..data.captions import Item, Vocab, coverage, karpathy, load_items, of_split, save_items
-from ..data.features import FeatureStore, Mirrored, Report, write_features
+from ..data.features import FeatureStore, Report, write_features
 from ..data.pictures import Captioned
 from ..data.shapes import write_world
 from ..decode.caption import caption_stored
