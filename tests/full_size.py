@@ -48,7 +48,7 @@ def say(folder: Path, dtype: torch.dtype | None = None) -> None:
     assert len(said[0].captions) == 5
 
 
-def compare(folder: Path, turns: int = 3) -> dict[str, float]:
+def compare(folder: Path, turns: int = 5) -> dict[str, float]:
     """Median CPU seconds of one picture, both precisions measured in turns."""
     models = {"fp32": load(folder / "official"), "bf16": load(folder / "official", dtype=torch.bfloat16)}
     spent = {name: [] for name in models}

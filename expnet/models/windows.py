@@ -39,12 +39,18 @@ def relative_index(window: int) -> Tensor:
     return (down[:, None] - down + window - 1) * (2 * window - 1) + right[:, None] - right + window - 1
 
 # %% ../../nbs/models/15_windows.ipynb #attend
-def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d + added) v for q, k, v [.., heads, area, d] and added [heads, area, area]."""
-    written = q.device.type == "cpu" and q.dtype == torch.bfloat16 or torch.compiler.is_exporting()
-    if not written: return F.scaled_dot_product_attention(q, k, v, attn_mask=added[None])
+def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor, piece: int = 48) -> Tensor:
+    """softmax(q kᵀ / √d + added) v for q, k, v [B, heads, area, d] and added [heads, area, area]; written out, `piece` tables at a time."""
+    exporting = torch.compiler.is_exporting()
+    if not exporting and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added[None])
+    if not exporting and q.shape[0] * q.shape[1] > piece:
+        axis = 0 if len(q) > 1 else 1
+        biases = added.chunk(2) if axis else (added, added)
+        halves = zip(*(part.chunk(2, axis) for part in (q, k, v)), biases, strict=True)
+        return torch.cat([attend(*half, piece) for half in halves], axis)
     scores = (q / q.shape[-1]**0.5) @ k.transpose(-2, -1)
-    return scores.add_(added).softmax(-1) @ v
+    return scores.add_(added).float().softmax(-1).to(v.dtype) @ v
 
 # %% ../../nbs/models/15_windows.ipynb #WindowAttention
 class WindowAttention(nn.Module):
