@@ -1159,6 +1159,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'expnet.plot.SmallCanvas.print_png': ('plot.html#smallcanvas.print_png', 'expnet/plot.py'),
                              'expnet.plot.as_array': ('plot.html#as_array', 'expnet/plot.py'),
                              'expnet.plot.as_picture': ('plot.html#as_picture', 'expnet/plot.py'),
+                             'expnet.plot.draw_arrows': ('plot.html#draw_arrows', 'expnet/plot.py'),
+                             'expnet.plot.draw_ways': ('plot.html#draw_ways', 'expnet/plot.py'),
                              'expnet.plot.essential': ('plot.html#essential', 'expnet/plot.py'),
                              'expnet.plot.finish': ('plot.html#finish', 'expnet/plot.py'),
                              'expnet.plot.lit': ('plot.html#lit', 'expnet/plot.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_array', 'as_picture', 'SmallCanvas', 'finish', 'show_images', 'show_windows', 'show_matrix', 'lit',
-           'show_attention', 'show_bars', 'show_histogram', 'show_scored', 'show_curves', 'show_tree', 'show_captions',
-           'show_words', 'show_history', 'essential', 'show_map']
+           'show_attention', 'show_bars', 'show_curves', 'show_histogram', 'show_history', 'show_tree', 'show_captions',
+           'show_scored', 'show_words', 'essential', 'draw_arrows', 'draw_ways', 'show_map']
 
 # %% ../nbs/01_plot.ipynb #imports
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,6 @@ def as_array(values) -> np.ndarray:
     if not hasattr(values, "detach"): return np.asarray(values)
     return np.asarray((values.float() if values.is_floating_point() else values).detach().cpu())
 
-# %% ../nbs/01_plot.ipynb #as-picture
 def as_picture(image) -> np.ndarray:
     """`image` (PIL, array or tensor; H×W, H×W×3 or 3×H×W; 0..1 or 0..255) as an array that imshow takes."""
     array = as_array(image)
@@ -34,12 +33,14 @@ def as_picture(image) -> np.ndarray:
 
 # %% ../nbs/01_plot.ipynb #finish
 class SmallCanvas(FigureCanvasAgg):
-    """A canvas whose PNG files have a table of 256 colours."""
+    """A canvas whose PNG files have a table of few colours."""
+    colours = 256
+
     def print_png(self, file, **options) -> None:
         """Write the figure to `file`, a path or an open file; other options of matplotlib change nothing."""
         self.draw()
         picture = Image.fromarray(np.asarray(self.buffer_rgba())).convert("RGB")
-        picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, format="png", optimize=True, dpi=(self.figure.dpi,) * 2)
+        picture.quantize(self.colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, format="png", optimize=True, dpi=(self.figure.dpi,) * 2)
 
 def finish(figure: Figure, small: bool = True) -> Figure:
     """`figure`, ready to be shown or saved; small: with few colours."""
@@ -105,11 +106,10 @@ def lit(picture, weights) -> np.ndarray:
     side = isqrt(weights.size)
     if side * side != weights.size: raise ValueError(f"{weights.size} weights do not form a square grid")
     if pixels.dtype.kind != "f": pixels = pixels / 255
-    rows, columns = (np.arange(n) * side // n for n in pixels.shape[:2])
+    rows, columns = (np.arange(n) * side // n for n in pixels.shape[:2])                             # which cell a pixel lies in
     grid = weights.reshape(side, side)[rows][:, columns] / (weights.max() or 1)
     return 0.4 * pixels.reshape(*grid.shape, -1) + 0.6 * plt.get_cmap("inferno")(grid)[..., :3]
 
-# %% ../nbs/01_plot.ipynb #show-attention
 def show_attention(picture, maps: Sequence, words: Sequence[str] = (), columns: int = 6, size: float = 0.9, suptitle: str = "") -> Figure:
     """Draw `picture` as it is and then once under each of `maps` [W, N] (see `lit`), with `words` above them."""
     tiles = [picture, *(lit(picture, weights) for weights in maps)]
@@ -128,32 +128,6 @@ def show_bars(values: Mapping[str, float], title: str = "", xlabel: str = "", si
     ax.set_title(title, fontsize=9)
     return finish(figure)
 
-# %% ../nbs/01_plot.ipynb #show-histogram
-def show_histogram(values: Mapping[str, Sequence[float]], title: str = "", xlabel: str = "", ylabel: str = "share",
-                   bins: int = 20, size: tuple[float, float] = (5, 2.6)) -> Figure:
-    """Draw name -> values as overlaid histograms of shares (each sums to 1); whole numbers: one bar each, else `bins`."""
-    every = np.concatenate([np.asarray(v, dtype=float) for v in values.values()])
-    whole = (every == every.round()).all()
-    edges = np.arange(every.min() - 0.5, every.max() + 1) if whole else np.linspace(every.min(), every.max(), bins + 1)
-    figure, ax = plt.subplots(figsize=size, layout="constrained")
-    for name, v in values.items(): ax.hist(v, edges, weights=np.full(len(v), 1 / len(v)), alpha=0.6, label=name)
-    if len(values) > 1: ax.legend(fontsize=8, frameon=False)
-    if whole: ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8)
-    ax.set_xlabel(xlabel, fontsize=9)
-    ax.set_ylabel(ylabel, fontsize=9)
-    ax.set_title(title, fontsize=9)
-    return finish(figure)
-
-# %% ../nbs/01_plot.ipynb #show-scored
-def show_scored(images: Sequence, captions: Sequence[str], references: Sequence[Sequence[str]], values: Sequence[float],
-                metric: str = "", columns: int = 4, size: float = 2.6, suptitle: str = "") -> Figure:
-    """Draw each image below its value of `metric`, its caption and its `references` in quotation marks."""
-    titles = ["\n".join([f"{metric} {value:.2f}: {caption}", *(f'"{text}"' for text in refs)])
-              for caption, refs, value in zip(captions, references, values)]
-    return show_images(images, titles, columns=columns, size=size, wrap=int(size * 15), suptitle=suptitle)
-
 # %% ../nbs/01_plot.ipynb #show-curves
 def show_curves(curves: Mapping[str, Sequence[float] | tuple[Sequence[float], Sequence[float]]], title: str = "",
                 xlabel: str = "", ylabel: str = "", size: tuple[float, float] = (5, 2.6), marker: str = "") -> Figure:
@@ -170,6 +144,47 @@ def show_curves(curves: Mapping[str, Sequence[float] | tuple[Sequence[float], Se
     ax.set_title(title, fontsize=9)
     return finish(figure)
 
+# %% ../nbs/01_plot.ipynb #show-histogram
+def show_histogram(values: Mapping[str, Sequence[float]], title: str = "", xlabel: str = "", ylabel: str = "share",
+                   bins: int = 20, size: tuple[float, float] = (5, 2.6)) -> Figure:
+    """Draw name -> values as overlaid histograms of shares (each sums to 1); whole numbers: one bar each, else `bins`."""
+    every = np.concatenate([np.asarray(v, dtype=float) for v in values.values()])
+    whole = (every == every.round()).all()                                                           # counts: a bar for each
+    edges = np.arange(every.min() - 0.5, every.max() + 1) if whole else np.linspace(every.min(), every.max(), bins + 1)
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    for name, v in values.items(): ax.hist(v, edges, weights=np.full(len(v), 1 / len(v)), alpha=0.6, label=name)
+    if len(values) > 1: ax.legend(fontsize=8, frameon=False)
+    if whole: ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8)
+    ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9)
+    ax.set_title(title, fontsize=9)
+    return finish(figure)
+
+# %% ../nbs/01_plot.ipynb #show-history
+def show_history(history: Sequence[Mapping], scores: Sequence[str] = ("CIDEr-D",), size: tuple[float, float] = (7, 2.6)) -> Figure:
+    """Draw the rows that `fit` returns: on the left loss and reward by step, on the right `scores` by step; lines part the phases."""
+    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained")
+    names, start = list(dict.fromkeys(row["phase"] for row in history)), 0
+    for number, name in enumerate(names):
+        rows = [row for row in history if row["phase"] == name]
+        for panel, keys in zip(panels, (("loss", "reward"), scores)):
+            for k, key in enumerate(keys):
+                points = [(start + row["step"], row[key]) for row in rows if key in row]
+                if points: panel.plot(*zip(*points), f"C{k}", marker="." if key in scores else "", label=key)
+            if number: panel.axvline(start, color="0.8", linewidth=1)
+        start += max(row["step"] for row in rows)
+    for panel, title in zip(panels, ("what is learned from", "what is wanted")):
+        lines = dict(zip(*reversed(panel.get_legend_handles_labels())))    # name -> line: each name once, also after several phases
+        if lines: panel.legend(lines.values(), lines.keys(), fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("step", fontsize=9)
+        panel.set_title(title, fontsize=9)
+    figure.suptitle(" → ".join(names), fontsize=9)
+    return finish(figure)
+
 # %% ../nbs/01_plot.ipynb #show-tree
 def show_tree(values: Mapping[tuple[str, ...], float], best: Sequence[str] = (), title: str = "", digits: int = 2,
               size: tuple[float, float] = (6, 2.2)) -> Figure:
@@ -178,7 +193,7 @@ def show_tree(values: Mapping[tuple[str, ...], float], best: Sequence[str] = (),
     place, best = {(): 0.0}, tuple(best)
     for depth in range(1, max(map(len, values), default=0) + 1):
         level = sorted((p for p in values if len(p) == depth), key=lambda p: (-place.get(p[:-1], 0), -values[p]))
-        place |= {path: (len(level) - 1) / 2 - row for row, path in enumerate(level)}
+        place |= {path: (len(level) - 1) / 2 - row for row, path in enumerate(level)}              # centred on the height of the start
     for path, value in sorted(values.items(), key=lambda item: item[0] == best[:len(item[0])]):    # the best path on top
         ink, parent = "black" if path == best[:len(path)] else "#9aa5b1", path[:-1]
         ax.plot([len(parent) + 0.25, len(path) - 0.25], [place.get(parent, 0), place[path]], color=ink, linewidth=1)
@@ -197,6 +212,13 @@ def show_captions(images: Sequence, captions: Sequence[str], references: Sequenc
     titles = [f'{c}\n"{r}"' for c, r in zip(captions, references)] if len(references) else captions
     return show_images(images, titles, columns=columns, size=size, wrap=int(size * 15), suptitle=suptitle)
 
+def show_scored(images: Sequence, captions: Sequence[str], references: Sequence[Sequence[str]], values: Sequence[float],
+                metric: str = "", columns: int = 4, size: float = 2.6, suptitle: str = "") -> Figure:
+    """Draw each image below its value of `metric`, its caption and its `references` in quotation marks."""
+    titles = ["\n".join([f"{metric} {value:.2f}: {caption}", *(f'"{text}"' for text in refs)])
+              for caption, refs, value in zip(captions, references, values)]
+    return show_images(images, titles, columns=columns, size=size, wrap=int(size * 15), suptitle=suptitle)
+
 # %% ../nbs/01_plot.ipynb #show-words
 def show_words(sentences: Mapping[str, Sequence[tuple[str, float]]], title: str = "", size: float = 7.5) -> Figure:
     """Draw sentences, name -> (word, log-probability) pairs, a line each, every word darker the more probable it was."""
@@ -207,36 +229,13 @@ def show_words(sentences: Mapping[str, Sequence[tuple[str, float]]], title: str 
         ax.text(0, -row, name, va="center", fontsize=8)
         place = margin
         for word, logp in words:
-            shade, wide = float(np.exp(logp)), len(word) + 1
+            shade, wide = float(np.exp(logp)), len(word) + 1                    # a probability; letters and a blank
             ax.add_patch(plt.Rectangle((place, -row - 0.4), wide - 0.2, 0.8, color=plt.get_cmap("Blues")(0.75 * shade)))
             ax.text(place + wide / 2 - 0.1, -row, word, ha="center", va="center", fontsize=8)
             place += wide
     ax.set(xlim=(0, margin + letters), ylim=(0.5 - len(sentences), 0.5))
     ax.axis("off")
     ax.set_title(title, fontsize=9)
-    return finish(figure)
-
-# %% ../nbs/01_plot.ipynb #show-history
-def show_history(history: Sequence[Mapping], scores: Sequence[str] = ("CIDEr-D",), size: tuple[float, float] = (7, 2.6)) -> Figure:
-    """Draw the rows that `fit` returns: on the left loss and reward by step, on the right `scores` by step; lines part the phases."""
-    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained")
-    names, start = list(dict.fromkeys(row["phase"] for row in history)), 0
-    for number, name in enumerate(names):
-        rows = [row for row in history if row["phase"] == name]
-        for panel, keys in zip(panels, (("loss", "reward"), scores)):
-            for k, key in enumerate(keys):
-                points = [(start + row["step"], row[key]) for row in rows if key in row]
-                if points: panel.plot(*zip(*points), f"C{k}", marker="." if key in scores else "", label=key)
-            if number: panel.axvline(start, color="0.8", linewidth=1)
-        start += max(row["step"] for row in rows)
-    for panel, title in zip(panels, ("what is learned from", "what is wanted")):
-        lines = dict(zip(*reversed(panel.get_legend_handles_labels())))
-        if lines: panel.legend(lines.values(), lines.keys(), fontsize=8, frameon=False)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-        panel.set_xlabel("step", fontsize=9)
-        panel.set_title(title, fontsize=9)
-    figure.suptitle(" → ".join(names), fontsize=9)
     return finish(figure)
 
 # %% ../nbs/01_plot.ipynb #essential
@@ -247,24 +246,46 @@ def essential(needs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     def reach(low: str) -> set[str]: return above.get(low, set()).union(*(reach(high) for high in above.get(low, ())))
     return sorted((low, high) for low in above for high in above[low] if not any(high in reach(other) for other in above[low]))
 
-# %% ../nbs/01_plot.ipynb #show-map
-def show_map(floors: Mapping[str, Sequence[str]], needs: Iterable[tuple[str, str]], title: str = "", size: float = 7.5) -> Figure:
-    """Draw floors (name -> what stands there) from top to bottom, with arrows for the `essential` of the needs (below, above)."""
-    texts = {name: wrap(" · ".join(inside), 100) for name, inside in floors.items()}
-    tops = dict(zip(texts, np.cumsum([0, *(len(lines) + 1.4 for lines in texts.values())]).tolist()))
-    middle, order, lane = {name: tops[name] + len(lines) / 2 for name, lines in texts.items()}, list(texts), 0
-    figure, ax = plt.subplots(figsize=(size, 0.17 * (max(middle.values()) + 3)), layout="constrained")
-    for name, lines in texts.items():
-        ax.add_patch(plt.Rectangle((0, tops[name] - 0.3), 100, len(lines) + 0.6, color="#e8eef5"))
-        ax.text(1, middle[name], name, va="center", fontsize=8, weight="bold")
-        ax.text(13, middle[name], "\n".join(lines), va="center", fontsize=7)
-    for low, high in essential(needs):
+def draw_arrows(ax, pairs: Iterable[tuple[str, str]], middle: Mapping[str, float], half: Mapping[str, float]) -> float:
+    """Draw arrows between floors, given the `middle` and the `half` height of each: straight to the next one, else round the left side; the leftmost place."""
+    order, lane = list(middle), 0.0
+    for low, high in pairs:
         nearby = abs(order.index(high) - order.index(low)) == 1
-        if not nearby: lane -= 1.2
-        path = [(5, tops[low] + len(texts[low]) + 0.3), (5, tops[high] - 0.3)] if nearby else [(0, middle[low]), (lane, middle[low]), (lane, middle[high]), (0, middle[high])]
+        if not nearby: lane -= 1.2                             # a lane of its own, or two arrows would lie on each other
+        path = [(5, middle[low] + half[low]), (5, middle[high] - half[high])] if nearby else [(0, middle[low]), (lane, middle[low]), (lane, middle[high]), (0, middle[high])]
         ax.plot(*zip(*path[:-1]), color="#2a6099", linewidth=1)
         ax.annotate("", path[-1], path[-2], arrowprops={"arrowstyle": "->", "color": "#2a6099", "shrinkA": 0, "shrinkB": 0})
-    ax.set(xlim=(lane - 1, 101), ylim=(tops[order[-1]] + len(texts[order[-1]]) + 0.5, -0.6))
+    return lane
+
+def draw_ways(ax, ways: Mapping[str, Sequence[str]], middle: Mapping[str, float]) -> None:
+    """Draw each of `ways`, name -> floors, as a line down the right side with a dot at the `middle` of each floor where it stops."""
+    for k, (name, stops) in enumerate(ways.items()):
+        x, heights = 101.5 - 3.5 * (len(ways) - k), [middle[stop] for stop in stops]
+        ax.plot([x] * (len(stops) + 1), [-0.6, *heights], color=f"C{k}", linewidth=1.5)
+        ax.plot([x] * len(stops), heights, "o", color=f"C{k}", markersize=5)
+        ax.text(x, -0.9, name, rotation=90, ha="center", va="bottom", fontsize=8, color=f"C{k}")
+
+# %% ../nbs/01_plot.ipynb #show-map
+def show_map(floors: Mapping[str, Sequence[str]], needs: Iterable[tuple[str, str]], title: str = "",
+             ways: Mapping[str, Sequence[str]] | None = None, size: float = 7.5) -> Figure:
+    """Draw floors (name -> what stands there) from top to bottom, with arrows for the `essential` of the needs (below, above).
+
+    ways: visitor -> the floors where she stops, drawn as lines on the right."""
+    ways = ways or {}
+    wide, head = 100 - 3.5 * len(ways), 0.55 * max(map(len, ways), default=-1) + 0.6
+    texts = {name: wrap(" · ".join(inside), int(wide)) for name, inside in floors.items()}
+    half = {name: len(lines) / 2 + 0.3 for name, lines in texts.items()}
+    tops = np.cumsum([0, *(len(lines) + 1.4 for lines in texts.values())]).tolist()
+    middle = {name: top + half[name] - 0.3 for name, top in zip(texts, tops)}
+    figure, ax = plt.subplots(figsize=(size, 0.17 * (tops[-1] + head + 1)), layout="constrained", dpi=60)
+    for name, lines in texts.items():
+        ax.add_patch(plt.Rectangle((0, middle[name] - half[name]), wide, 2 * half[name], color="#e8eef5"))
+        ax.text(1, middle[name], name, va="center", fontsize=8, weight="bold")
+        ax.text(13, middle[name], "\n".join(lines), va="center", fontsize=7)
+    lane = draw_arrows(ax, essential(needs), middle, half)
+    draw_ways(ax, ways, middle)
+    ax.set(xlim=(lane - 1, 101), ylim=(tops[-1] - 0.9, -head))
     ax.axis("off")
     ax.set_title(title, fontsize=9)
-    return finish(figure)
+    finish(figure).canvas.colours = 32                         # much text: a picture of 256 shades of grey would be half as large again
+    return figure

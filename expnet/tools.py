@@ -19,9 +19,9 @@ import numpy as np
 # %% ../nbs/00_tools.ipynb #seed-all
 def seed_all(seed: int = 0, threads: int | None = 1) -> None:
     """Start Python's, numpy's and torch's random numbers from `seed`; use `threads` torch threads (None: leave them)."""
-    import torch
+    import torch                                              # two seconds that only those who need it wait for
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)                              # numpy refuses larger seeds
     torch.manual_seed(seed)
     if threads: torch.set_num_threads(threads)
 
@@ -33,7 +33,7 @@ class UserError(Exception):
 def pick_device(name: str = "auto") -> "torch.device":
     """The torch device called `name`; "auto" takes a GPU (cuda, then mps) if there is one, else the CPU."""
     import torch
-    mps = torch.backends.mps.is_available()
+    mps = torch.backends.mps.is_available()                   # the GPU of an Apple computer
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try: device = torch.device(name)
     except RuntimeError as error: raise UserError(f"device {name!r}: not a device name (try cpu, cuda or auto)") from error
@@ -58,7 +58,7 @@ def undrawn() -> Iterator[None]:
     from torch.overrides import TorchFunctionMode
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            target = args[0] if args else (kwargs or {}).get("tensor")
+            target = args[0] if args else (kwargs or {}).get("tensor")    # nn.init hands it over by name
             skip = isinstance(target, Parameter) and getattr(func, "__name__", "") in DRAWS
             return target if skip else func(*args, **(kwargs or {}))
     with Mode(): yield
@@ -69,10 +69,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block ends well, delete it if it raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")            # another process has another file
     try:
         yield aside
-        with open(aside, "rb+") as file: os.fsync(file.fileno())
+        with open(aside, "rb+") as file: os.fsync(file.fileno())          # the content is on the disk before it has the name
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
