@@ -32,8 +32,8 @@ SIZES = ("small", "large")
 BACKGROUNDS = {"white": (240, 240, 240), "black": (12, 12, 12), "grey": (150, 150, 150), "beige": (230, 212, 175),
                "navy": (15, 25, 75)}
 
-# %% ../../nbs/data/02_shapes.ipynb #Group
-@dataclass(frozen=True)
+
+@dataclass(frozen=True)  # equal values, equal objects, and usable as keys
 class Group:
     """`count` equal objects that lie together in one `cell` (row, column), 0 to 2 each. UserError for unknown values."""
     count: int
@@ -110,8 +110,8 @@ def outline(shape: str) -> list[tuple[float, float]]:
         x, y = x ** 3, (13 * y + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn) - 2.5) / 14.5
     return list(zip((x + 1) / 2, (y + 1) / 2))
 
-# %% ../../nbs/data/02_shapes.ipynb #stencil
-@lru_cache(maxsize=1024)
+
+@lru_cache(maxsize=1024)  # few shapes, few sizes
 def stencil(shape: str, side: int, striped: bool = False) -> Image.Image:
     """Coverage 0..255 of each pixel by `shape` in a square of `side` pixels; `striped` leaves only its dark stripes."""
     big = 8 * side
@@ -142,7 +142,7 @@ def block_side(kind: str, count: int, size: str) -> int:
     if kind == "overlapping": return SIDE["partner"] + 12
     return SIDE[size] if count == 1 else 2 * SIDE[size] + GAP
 
-# %% ../../nbs/data/02_shapes.ipynb #centre-of
+
 @lru_cache
 def centre_of(cell: tuple[int, int], side: int) -> tuple[float, float]:
     "Centre (x, y) of `cell`, moved so that a block of `side` stays in the frame."
@@ -187,9 +187,9 @@ def meeting_offset(under: str, over: str) -> tuple[int, int]:
         if np.sum(one[dy:, dx:] & other[:side - dy, :side - dx]) >= MEETING: break
     return dx, dy
 
-# %% ../../nbs/data/02_shapes.ipynb #place-objects
+
 def place_objects(scene: Scene, kind: str, groups: tuple[int, ...], x: float, y: float, rng: np.random.Generator) -> list[Placed]:
-    "The objects of one block around (x, y)."
+    "The objects of one block around (x, y), drawn from `rng` in a fixed order, so that a seed keeps its picture."
     first = scene.groups[groups[0]]
     shrink = float(rng.random() < 0.5)  # half of the blocks have objects one unit smaller
     striped = {k: rng.random() < 0.2 and kind != "inside" for k in groups}
@@ -379,7 +379,7 @@ class Record:
         """The picture, uint8 [size, size, 3]."""
         return draw(self.scene, size, self.seed, noise)
 
-# %% ../../nbs/data/02_shapes.ipynb #record
+
 def record(split: str, number: int, seed: int = 0, style: str = "mixed", n: int = 5) -> Record:
     """Picture `number` of `split` in the world `seed`, with `n` captions; depends on nothing else."""
     rng = np.random.default_rng([seed, SPLITS.index(split), number])
