@@ -93,7 +93,7 @@ def noun_phrase(thing: Thing, rng: np.random.Generator, with_size: bool = False,
     if with_size: words.append(say(thing.size, rng))
     words.append(say(thing.colour, rng))
     words.append(say(thing.shape, rng) if thing.count == 1 else plural(say(thing.shape, rng)))
-    return re.sub(r"\ba (?=[aeo])", "an ", " ".join(words))
+    return re.sub(r"\ba (?=[aeo])", "an ", " ".join(words))       # an orange ring
 
 # %% ../../nbs/data/03_shape_language.ipynb #Style
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ def captions(scene, n: int = 5, style: str = "mixed", rng: np.random.Generator |
         if style == "mixed":
             u = rng.random()
             name = next(s for s, top in MIXED if u < top)
-        text = sentence(true, STYLES[name if attempt < 10 * n else "short"], rng)
+        text = sentence(true, STYLES[name if attempt < 10 * n else "short"], rng)              # long ones may never fit
         fits = text.count(" ") < LONGEST
-        if fits and (text not in result or attempt > 4 * n): result.append(text)
+        if fits and (text not in result or attempt > 4 * n): result.append(text)               # few facts have few sentences: repeat in the end
         if len(result) == n: break
     return [text[0].upper() + text[1:] + "." for text in result]
 
@@ -239,9 +239,9 @@ def parse(caption: str) -> Facts:
         elif kind in ("shape", "shapes"): reader.thing(meaning, kind == "shape")
         elif kind == "relation": reader.relation(meaning)
         elif kind == "ground": reader.background()
-        elif word == "of": reader.waiting.pop("article", None)
+        elif word == "of": reader.waiting.pop("article", None)       # "a pair of": this "a" does not mean one
     reader.drop()
-    strays = reader.strays + len(reader.pending)
+    strays = reader.strays + len(reader.pending)                     # relations whose object never came
     return Facts(tuple(reader.things), tuple(reader.relations), reader.ground, strays)
 
 # %% ../../nbs/data/03_shape_language.ipynb #agreement
@@ -256,13 +256,13 @@ def compare(said: Facts, true: Facts) -> tuple[int, int, int, int]:
     """Right stated facts, stated facts, right required facts, required facts, under the best pairing of things."""
     stated = sum(value is not None for t in said.things for value in (t.count, t.colour, t.shape, t.size))
     stated += len(said.relations) + (said.background is not None) + said.strays
-    held = {*true.relations, *((j, INVERSE[name], i) for i, name, j in true.relations)}
+    held = {*true.relations, *((j, INVERSE[name], i) for i, name, j in true.relations)}            # true from either end
     table = [[(s, agreement(thing, t)) for s, thing in enumerate(said.things)] for t in true.things]
     options = [[(None, (0, 0)), *[(s, right) for s, right in row if right[0]]] for row in table]
     best = (0, 0)
-    for choice in product(*options):
+    for choice in product(*options):                           # three groups at most, so all pairings can be tried
         used = [s for s, _ in choice if s is not None]
-        if len(set(used)) < len(used): continue
+        if len(set(used)) < len(used): continue                # a said thing means one group only
         meant = {s: t for t, (s, _) in enumerate(choice) if s is not None}
         related = sum((meant.get(i), name, meant.get(j)) in held for i, name, j in said.relations)
         best = max(best, (sum(right for _, (_, right) in choice) + related, sum(found for _, (found, _) in choice)))
