@@ -55,7 +55,7 @@ def known_split(name: str, where: str) -> str:
                         " or a further test set, test_NAME)")
     return clean
 
-# %% ../../nbs/data/04_captions.ipynb #of-split
+
 def of_split(items: Iterable[Item], split: str) -> list[Item]:
     """The items of one split, in their order."""
     wanted = known_split(split, "of_split")
@@ -79,7 +79,7 @@ def tokenize(text: str) -> list[str]:
 
     The original's rule (ExpansionNet v2, COCO loader): ' ` . ? ! , : - ; are dropped, so man's -> man s, t-shirt -> t shirt.
     Departures: all white space separates, composed and decomposed accents are equal, control characters are dropped."""
-    text = unicodedata.normalize("NFC", MARKS.sub(set_apart, text.lower()))
+    text = unicodedata.normalize("NFC", MARKS.sub(set_apart, text.lower()))  # e and its accent become one character
     return [token for token in text.split() if token not in SILENT]
 
 # %% ../../nbs/data/04_captions.ipynb #SPECIALS
@@ -97,13 +97,13 @@ def frequent_words(items: Iterable[Item], min_count: int) -> list[str]:
     if not counts: raise UserError("vocabulary: the training split has no captions")
     words = {word for word, count in counts.items() if count >= min_count}
     if not words: raise UserError(f"vocabulary: no word occurs {min_count} times, the commonest {max(counts.values())} times")
-    return sorted(words | set(SPECIALS))
+    return sorted(words | set(SPECIALS))  # by code point, as the published list
 
 # %% ../../nbs/data/04_captions.ipynb #index-words
 def index_words(words: Sequence[str]) -> dict[str, int]:
     """word -> position; UserError if something is no word, or a word stands there twice, or a special one is missing."""
     index = {need({"word": word}, "word", str, "vocabulary"): i for i, word in enumerate(words)}
-    twice = [word for i, word in enumerate(words) if index[word] != i]
+    twice = [word for i, word in enumerate(words) if index[word] != i]  # a later one took its place
     if twice: raise UserError(f"vocabulary: duplicate word {twice[0]!r}")
     missing = [name for name in SPECIALS if name not in index]
     if missing: raise UserError(f"vocabulary: special word {missing[0]!r} is missing")
@@ -197,7 +197,7 @@ def with_words(captions: Sequence[str], where: str, skipped: list[str] | None = 
         else: skipped.append(f"{where}: caption {number} is empty")
     return tuple(kept)
 
-# %% ../../nbs/data/04_captions.ipynb #find-image
+
 def find_image(images: str | Path, names: Sequence[str], where: str, check: bool = True) -> str:
     """Path of the first of `names` that is a file in the folder `images`. If none is: UserError, or the first (check=False)."""
     root = os.path.abspath(images)
@@ -230,7 +230,7 @@ def karpathy(json_path: str | Path, images: str | Path, restval: bool = True, sk
         if split == "restval" and not restval: continue
         raw = [need(s, "raw", str, f"{where}.sentences[{k}]") for k, s in enumerate(need(record, "sentences", list, where))]
         captions = with_words(raw, where, skipped)
-        if raw and not captions: continue
+        if raw and not captions: continue  # nothing is left of it; a picture that never had captions stays
         id = next((str(record[key]) for key in ("cocoid", "imgid") if record.get(key) is not None), Path(name).stem)
         names = [f"{record['filepath']}/{name}", name] if record.get("filepath") else [name]
         split = "train" if split == "restval" else known_split(split, where)
@@ -255,7 +255,7 @@ def json_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
         if not isinstance(row, dict): raise UserError(f"{path}: line {line} is not a JSON object")
         yield line, row
 
-# %% ../../nbs/data/04_captions.ipynb #csv-rows
+
 def csv_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
     """(line number, column -> cell) for each row of a CSV file (.tsv: tabs) with a header; column names in lower case."""
     reader = csv.reader(io.StringIO(file_text(path)), delimiter="\t" if Path(path).suffix.lower() == ".tsv" else ",", strict=True)
@@ -263,7 +263,7 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
         header = [name.strip().lower() for name in next(reader, [])]
         if len(set(header)) < len(header): raise UserError(f"{path}: line 1: a column name occurs twice: {', '.join(header)}")
         for row in reader:
-            line = reader.line_num - sum(cell.count("\n") for cell in row)
+            line = reader.line_num - sum(cell.count("\n") for cell in row)  # where the row begins
             if len(row) > len(header):
                 raise UserError(f"{path}: line {line}: {len(row)} cells for {len(header)} columns (a comma without quotes?)")
             if row: yield line, dict(zip(header, row))
@@ -273,13 +273,13 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
 def resplit(items: Sequence[Item], val: float, test: float, seed: int = 0) -> list[Item]:
     """`items` in their order with new splits: the share `val` and the share `test`, drawn from `seed` and the ids; rest train."""
     if min(val, test) < 0 or val + test >= 1: raise UserError(f"val={val}, test={test}: must be shares that leave some for train")
-    ids = sorted(item.id for item in items)
+    ids = sorted(item.id for item in items)  # so the order of the rows does not matter
     random.Random(seed).shuffle(ids)
     first, second = round(val * len(ids)), round((val + test) * len(ids))
     new = {id: "val" if n < first else "test" if n < second else "train" for n, id in enumerate(ids)}
     return [replace(item, split=new[item.id]) for item in items]
 
-# %% ../../nbs/data/04_captions.ipynb #PICTURE-COLUMNS
+
 PICTURE_COLUMNS = ("image", "file", "filename", "path")
 
 
@@ -309,7 +309,7 @@ def captions_file(path: str | Path, images: str | Path, val: float = 0.0, test: 
         where = f"{path}: line {line}"
         name, entry = read_row(row, where)
         old = found.setdefault(name, {"path": find_image(images, [name], where, check), "captions": []})
-        places.setdefault(name, where)
+        places.setdefault(name, where)  # of its first row, for the complaint about an id
         old["captions"] += with_words(entry.pop("captions"), where, skipped)
         for key, value in entry.items():
             if old.setdefault(key, value) != value:
