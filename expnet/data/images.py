@@ -37,7 +37,7 @@ def over_white(image: Image.Image) -> Image.Image:
 # %% ../../nbs/data/05_images.ipynb #to-8-bits
 def to_8_bits(image: Image.Image) -> Image.Image:
     """A 16-bit, integer or float grey `image` scaled to mode L; ValueError if its values are no brightness."""
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image, dtype=np.float64)  # exact for 16 and 32 bits
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 65535):
         raise ValueError("values outside 0..65535, so what is white is unknown")
     white = 65535 if image.mode != "F" else next(w for w in (1, 255, 65535) if values.max() <= w)
@@ -62,7 +62,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     clear = {"A", "a"} & set(image.getbands()) or "transparency" in image.info
     image = over_white(image) if clear else image.convert("RGB")
     if turn in TURNS: image = image.transpose(TURNS[turn])
-    return Image.fromarray(np.asarray(image))
+    return Image.fromarray(np.asarray(image))  # pixels only: no orientation that a second call would follow
 
 # %% ../../nbs/data/05_images.ipynb #FORMATS
 FORMATS = {"JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"}
@@ -120,7 +120,7 @@ class Preprocess:
     as_original: bool = False        # read files as the published code does, see read_image
 
     def __post_init__(self):
-        for name in ("mean", "std"): object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        for name in ("mean", "std"): object.__setattr__(self, name, tuple(map(float, getattr(self, name))))  # JSON has lists
         if not isinstance(self.size, int) or self.size < 1: raise UserError(f"size {self.size!r}: a positive number of pixels")
         if [len(self.mean), len(self.std)] != [3, 3] or min(self.std) <= 0:
             raise UserError(f"mean {self.mean} and std {self.std}: three numbers each, std above 0")

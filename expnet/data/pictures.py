@@ -26,7 +26,7 @@ Picture = str | Path | Image.Image | np.ndarray              # or a tensor; torc
 
 def named_pictures(images: Picture | Iterable[Picture]) -> Iterator[tuple[str, Picture]]:
     """(name, picture) for each picture in `images`: folders and patterns become files, arrays of 4 axes their pictures."""
-    number = 0
+    number = 0                                               # counts the things without a name
     for one in [images] if isinstance(images, Picture) or hasattr(images, "detach") else images:
         if isinstance(one, (str, Path)): yield from ((str(file), file) for file in files_of(one))
         else:
@@ -37,7 +37,7 @@ def named_pictures(images: Picture | Iterable[Picture]) -> Iterator[tuple[str, P
 def files_of(path: str | Path) -> list[Path]:
     """The picture files in the folder or pattern `path`, or the file `path` itself, whether it exists or not."""
     path = Path(path).expanduser()
-    return list_images(path) if path.is_dir() or has_magic(str(path)) else [path]
+    return list_images(path) if path.is_dir() or has_magic(str(path)) else [path]              # a missing file is complained of when it is read
 
 # %% ../../nbs/data/06_pictures.ipynb #as-image
 def as_image(pixels: Any) -> Image.Image:
@@ -63,7 +63,7 @@ def rgb_of(picture: Picture, name: str, as_original: bool = False) -> Image.Imag
         if isinstance(picture, (str, Path)): return read_image(picture, as_original)
         if not isinstance(picture, Image.Image): picture = as_image(picture)
         return black_unless_rgb(picture) if as_original else as_rgb(picture)
-    except BadImage: raise
+    except BadImage: raise                                   # it names the file already
     except (OSError, ValueError, TypeError) as error: raise BadImage(name, str(error)) from error
 
 # %% ../../nbs/data/06_pictures.ipynb #Captioned
@@ -103,7 +103,7 @@ def captioned(images: Picture | Iterable[Picture], prepare: Callable[[Image.Imag
     for part in batched(named_pictures(images), batch_size):
         seen = [prepared(picture, name, prepare, on_bad, as_original) for name, picture in part]
         good = [(name, x) for (name, _), x in zip(part, seen) if not isinstance(x, str)]
-        said = iter(say(*zip(*good)) if good else ())
+        said = iter(say(*zip(*good)) if good else ())          # a batch of bad files alone asks nobody
         for (name, _), x in zip(part, seen): yield Captioned(name, error=x) if isinstance(x, str) else next(said)
 
 def prepared(picture: Picture, name: str, prepare: Callable[[Image.Image], Any], on_bad: str, as_original: bool) -> Any | str:
