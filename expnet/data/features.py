@@ -93,7 +93,7 @@ def row_writer(path: str, alone: bool = True) -> Iterator[Callable[[Sequence[int
             if x.shape != (len(rows), *shape): raise ValueError(f"features {x.shape} for {len(rows)} rows of {shape}")
             try:
                 for row, one in zip(rows, x): write_at(raw, x_start + row * one.nbytes, one)
-                os.fsync(raw.fileno())
+                os.fsync(raw.fileno())  # features first: a flag must never be on the disk before what it promises
                 done[rows] = 1  # written in one go, so that a batch counts or does not
                 write_at(raw, done_start + rows[0], done[rows[0]:rows[-1] + 1])
                 os.fsync(raw.fileno())
@@ -113,7 +113,7 @@ class Index:
     spec: dict | None
     prepare: dict | None
 
-# %% ../../nbs/data/07_features.ipynb #read-index
+
 def read_index(file: h5py.File) -> Index:
     """The index of an open feature `file`, ours or the original's; ValueError if it is neither."""
     if {"features", "ids", "done"} <= set(file):
@@ -257,7 +257,7 @@ def file_to_write(path: str, ids: Iterable[str], about: dict) -> str:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     blank_store(f"{part}.new", wanted, about)
     for store in known: copy_rows(store, f"{part}.new")
-    os.replace(f"{part}.new", part)
+    os.replace(f"{part}.new", part)  # all at once, so that a kill leaves the old part or the new one
     return part
 
 def copy_rows(store: FeatureStore, target: str) -> None:
@@ -334,6 +334,7 @@ def write_features(path: str | Path, items: Iterable[Item], backbone: nn.Module,
     here.wait_for_everyone()                                   # nobody writes before all have seen what is there
     blocks, files = blocks_to_do(names, done, paths, batch_size), [paths.get(name, "") for name in names]
     kept, mine = len(paths) - sum(map(len, blocks)), blocks[here.process_index::here.num_processes]
+    # workers start before the file is opened for writing, or they would inherit its lock and outlive a killed writer with it
     batches = iter(DataLoader(Decoder(files, backbone.prepare), batch_size=None, sampler=mine,
                               num_workers=min(workers, len(mine)), generator=torch.Generator()))
     written, bad = fill_rows(target, batches, backbone, device, files, dtype, on_bad, progress,
