@@ -35,12 +35,12 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int = 0, epoch: int =
     """The samples 0 .. len(lengths)-1 in batches, each once, like lengths together; a pure function of the arguments.
 
     `pool`: how many batches of a random order are sorted together. One batch is shorter if `batch_size` does not divide."""
-    draw = np.random.default_rng([seed % 2**32, epoch])
-    order = draw.permutation(len(lengths))
+    draw = np.random.default_rng([seed % 2**32, epoch])  # its own generator: nobody else can move it
+    order = draw.permutation(len(lengths))  # who meets whom
     pools = [order[i:i + pool * batch_size] for i in range(0, len(order), pool * batch_size)]
     order = np.concatenate([samples[np.argsort(lengths[samples], kind="stable")] for samples in pools])
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in draw.permutation(len(batches))]
+    return [batches[i] for i in draw.permutation(len(batches))]  # or an epoch would go from short to long, pool by pool
 
 # %% ../../nbs/data/08_batches.ipynb #share
 def share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
@@ -96,10 +96,10 @@ def read_ahead(make: Callable[[Any], Any], jobs: Iterable, depth: int = 2) -> It
         try:
             for job in jobs:
                 waiting.append(pool.submit(make, job))
-                if len(waiting) > depth: yield waiting.popleft().result()
+                if len(waiting) > depth: yield waiting.popleft().result()  # result() raises what make raised
             while waiting: yield waiting.popleft().result()
         finally:
-            for promise in waiting: promise.cancel()
+            for promise in waiting: promise.cancel()  # or leaving the pool would wait for all of them
 
 # %% ../../nbs/data/08_batches.ipynb #Store
 class Store(Protocol):
@@ -184,7 +184,7 @@ class Batches:
         """The batch of these samples as it is in `epoch`, read from the store; of no samples, a filler."""
         images, rows = samples_to_rows(samples if len(samples) else np.array([0]), epoch, self.rows, self.captions)
         ids, tokens = [self.items[i].id for i in images], pad_rows([self.rows[r] for r in rows], self.vocab.pad)
-        store = self.store.in_epoch(epoch) if hasattr(self.store, "in_epoch") else self.store
+        store = self.store.in_epoch(epoch) if hasattr(self.store, "in_epoch") else self.store  # varied pictures
         return Batch(ids, *read_once(store, ids), tokens, filler=not len(samples), epoch=epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -203,7 +203,7 @@ def check_batches(batches: "Batches") -> None:
     missing = [id for id in ids if id not in batches.store] if hasattr(batches.store, "__contains__") else []
     if missing: raise UserError(f"{len(missing)} of {len(ids)} items are not in the store, the first is {missing[0]!r}")
 
-# %% ../../nbs/data/08_batches.ipynb #sample-lengths
+
 def sample_lengths(rows: Rows | None, items: int, captions: int) -> np.ndarray:
     """Tokens of each sample: of a caption (captions=1), of the longest of a picture (n > 1), or 0 for each picture (0)."""
     if not captions: return np.zeros(items, dtype=np.int64)
@@ -215,7 +215,7 @@ def samples_to_rows(samples: np.ndarray, epoch: int, rows: Rows | None, captions
     if captions == 0: return samples, samples[:0]
     if captions == 1: return np.searchsorted(rows.first, samples, side="right") - 1, samples
     first, count = rows.first[samples], rows.first[samples + 1] - rows.first[samples]
-    turn = np.where(count > captions, epoch * captions, 0)
+    turn = np.where(count > captions, epoch * captions, 0)  # where this epoch begins to take
     return samples, (first[:, None] + (turn[:, None] + np.arange(captions)) % count[:, None]).ravel()
 
 # %% ../../nbs/data/08_batches.ipynb #273f256c
@@ -234,5 +234,6 @@ class Pictures:
         return self.prepare.read(self.paths[id])
 
     def read(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures x [B, 3, S, S] of `ids` and mask [B, regions]."""
         with ThreadPoolExecutor(self.threads) as pool: pictures = list(pool.map(self.one, ids))
         return torch.stack(pictures).numpy(), np.ones((len(ids), self.regions), bool)

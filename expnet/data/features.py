@@ -334,9 +334,8 @@ def write_features(path: str | Path, items: Iterable[Item], backbone: nn.Module,
     here.wait_for_everyone()                                   # nobody writes before all have seen what is there
     blocks, files = blocks_to_do(names, done, paths, batch_size), [paths.get(name, "") for name in names]
     kept, mine = len(paths) - sum(map(len, blocks)), blocks[here.process_index::here.num_processes]
-    # workers start before the file is opened for writing, or they would inherit its lock and outlive a killed writer with it
     batches = iter(DataLoader(Decoder(files, backbone.prepare), batch_size=None, sampler=mine,
-                              num_workers=min(workers, len(mine)), generator=torch.Generator()))
+                              num_workers=min(workers, len(mine)), generator=torch.Generator()))  # first, or its processes would inherit the lock
     written, bad = fill_rows(target, batches, backbone, device, files, dtype, on_bad, progress,
                              (kept, kept + sum(map(len, mine))), here)
     if not kept + written: raise UserError(f"{path}: none of {len(paths)} pictures can be read; {bad[0][0]}: {bad[0][1]}")
