@@ -23,7 +23,7 @@ SIDES = frozenset("left right leftmost rightmost leftward rightward lefthand rig
 
 def fits_mirror(item: Item) -> bool:
     """Whether the captions of `item` are as true of its picture's mirror image: none of them names a side."""
-    return not any(SIDES & set(tokenize(text)) for text in item.captions)
+    return not any(SIDES & set(tokenize(text)) for text in item.captions)                   # whole words: "lefty" names no side
 
 # %% ../../nbs/data/09_augment.ipynb #vary
 def vary(image: Image.Image, draw: np.random.Generator, mirror: bool, part: float = 0.875) -> Image.Image:
@@ -40,7 +40,7 @@ class Changing:
 
     def in_epoch(self, epoch: int) -> "Changing":
         """The store as training sees it in this epoch."""
-        changed = copy(self)
+        changed = copy(self)                                  # not self: another epoch may be read at the same time
         changed.number = epoch
         return changed
 
@@ -54,8 +54,9 @@ class Augmented(Changing, Pictures):
         self.seed = seed
 
     def one(self, id: str) -> Tensor:
+        """The prepared picture [3, S, S] as it is, or as it is in this epoch."""
         if self.number is None: return super().one(id)
-        draw = np.random.default_rng([self.seed, self.number, crc32(id.encode())])
+        draw = np.random.default_rng([self.seed, self.number, crc32(id.encode())])          # hash() differs from process to process
         return self.prepare(vary(read_image(self.paths[id], self.prepare.as_original), draw, id in self.mirrors))
 
 # %% ../../nbs/data/09_augment.ipynb #Mirrored
@@ -65,7 +66,7 @@ class Mirrored(nn.Module):
         super().__init__()
         self.backbone, self.prepare, self.spec = backbone, backbone.prepare, {**backbone.spec, "mirrored": True}
 
-    def forward(self, images: Tensor) -> Tensor: return self.backbone(images.flip(-1))
+    def forward(self, images: Tensor) -> Tensor: return self.backbone(images.flip(-1))      # [B, 3, S, S], read from the right -> [B, N, D]
 
 # %% ../../nbs/data/09_augment.ipynb #TwoSides
 class TwoSides(Changing):
@@ -81,6 +82,7 @@ class TwoSides(Changing):
         return np.random.default_rng([self.seed, self.number, crc32(id.encode())]).random() < 0.5
 
     def read(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Features x [B, N, D] of `ids` from one side or the other, and mask [B, N]."""
         x, mask = self.store.read(ids)
         places = [place for place, id in enumerate(ids) if self.turned(id)]
         if places: x[places] = self.mirrored.read([ids[place] for place in places])[0]

@@ -43,7 +43,7 @@ def refuse_programs(data: bytes, path: str | Path, name: str = "") -> None:
         if opcode.name not in PLAIN and not asked:
             raise UserError(f"{path}: refused: {opcode.name} {what} at byte {place} could run a program")
         if opcode.name.endswith("PUT") and value > len(data): raise ValueError(f"place {value} in {len(data)} bytes")
-        if isinstance(value, str): words.append(value)
+        if isinstance(value, str): words.append(value)                    # a module or a class, should STACK_GLOBAL follow
 
 def read_plain(path: str | Path, name: str = "") -> object:
     """The value in the pickle file `path`, built of strings, numbers, lists, tuples and dictionaries; else UserError.

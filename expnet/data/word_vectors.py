@@ -25,7 +25,7 @@ def wanted_lines(path: str | Path, vocab: Vocab) -> Iterator[tuple[int, str, lis
         size = 0
         for number, line in enumerate(file, 1):
             if number == 1 and len(line.split()) == 2: continue           # how many words, how many numbers
-            size = size or len(line.split()) - 1
+            size = size or len(line.split()) - 1                          # the first line says how many numbers
             word, *values = line.rstrip().rsplit(" ", size)
             if word in vocab.index: yield number, word, values
 
@@ -40,7 +40,7 @@ def read_vectors(path: str | Path, vocab: Vocab, seed: int = 0) -> tuple[Tensor,
         except ValueError as error: raise UserError(f"{path}: line {number}: {error}") from error
         size = len(next(iter(found.values()), row))
         if len(row) != size: raise UserError(f"{path}: line {number}: {len(row)} numbers, not {size}")
-        found.setdefault(word, row)
+        found.setdefault(word, row)                                       # of two lines for a word the first counts
     if not found: raise UserError(f"{path}: has no vector for any of the {len(vocab)} words")
     lacking = [word for word in vocab.words if word not in found]
     table = (2 * torch.rand(len(vocab), size, generator=torch.Generator().manual_seed(seed)) - 1) * sqrt(3 / size)
