@@ -22,12 +22,12 @@ from PIL import Image
 def as_array(values) -> np.ndarray:
     """`values` (array, nested lists, PIL image or torch tensor, also one with a gradient) as a numpy array."""
     if not hasattr(values, "detach"): return np.asarray(values)
-    return np.asarray((values.float() if values.is_floating_point() else values).detach().cpu())
+    return np.asarray((values.float() if values.is_floating_point() else values).detach().cpu())  # numpy knows no bfloat16
 
 def as_picture(image) -> np.ndarray:
     """`image` (PIL, array or tensor; H×W, H×W×3 or 3×H×W; 0..1 or 0..255) as an array that imshow takes."""
     array = as_array(image)
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3: array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3: array = array.transpose(1, 2, 0)  # colours first, as in torch
     if array.ndim not in (2, 3): raise ValueError(f"a picture has 2 or 3 axes, not {array.ndim}")
     return array.clip(0, 1) if array.dtype.kind == "f" else array
 
@@ -54,7 +54,7 @@ def show_images(images: Sequence, titles: Sequence[str] = (), columns: int = 4, 
     """Draw `images` in rows of `columns`, each `size` inches wide, with wrapped `titles` above; returns the figure."""
     if not len(images): raise ValueError("no pictures to show")
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
+    rows = -(-len(images) // columns)  # rounded up
     titles = ["\n".join(fill(line, wrap) for line in title.split("\n")) for title in titles]
     lines = max([title.count("\n") + 1 for title in titles], default=0)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + 0.17 * lines)), squeeze=False,
@@ -73,7 +73,7 @@ def show_windows(images: Sequence, side: int, shifts: Sequence[int], titles: Seq
     figure = show_images(images, titles, columns=len(images), size=size, suptitle=suptitle)
     for axis, image, shift in zip(figure.axes, images, shifts):
         height, width = as_picture(image).shape[:2]
-        for x in range(shift % side, width + 1, side): axis.axvline(x - 0.5, color="white", linewidth=1.5)
+        for x in range(shift % side, width + 1, side): axis.axvline(x - 0.5, color="white", linewidth=1.5)  # pixel 0 reaches from -0.5 to 0.5
         for y in range(shift % side, height + 1, side): axis.axhline(y - 0.5, color="white", linewidth=1.5)
     return figure
 
@@ -85,7 +85,7 @@ def show_matrix(matrix, rows: Sequence[str] = (), columns: Sequence[str] = (), t
     if ax is None:
         _, ax = plt.subplots(figsize=(max(2.2, matrix.shape[1] * size + 1), max(1.4, matrix.shape[0] * size + 0.8)),
                              layout="constrained")
-    top = float(np.abs(matrix).max()) or 1.0
+    top = float(np.abs(matrix).max()) or 1.0  # a matrix of zeros has a scale, too
     colours, lowest = ("RdBu_r", -top) if matrix.min() < 0 else ("Blues", 0)
     ax.imshow(matrix, cmap=colours, vmin=lowest, vmax=top, aspect="auto")
     if digits is not None:
@@ -119,7 +119,7 @@ def show_attention(picture, maps: Sequence, words: Sequence[str] = (), columns: 
 def show_bars(values: Mapping[str, float], title: str = "", xlabel: str = "", size: tuple[float, float] = (5, 2.4)) -> Figure:
     """Draw name -> value as horizontal bars, first name on top, values written at the ends."""
     figure, ax = plt.subplots(figsize=size, layout="constrained")
-    bars = ax.barh(list(values)[::-1], list(values.values())[::-1], color="#4878a8")
+    bars = ax.barh(list(values)[::-1], list(values.values())[::-1], color="#4878a8")  # from the bottom up
     ax.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
     ax.margins(x=0.12)
     ax.spines[["top", "right"]].set_visible(False)

@@ -45,7 +45,7 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int = 0, epoch: int =
 # %% ../../nbs/data/08_batches.ipynb #share
 def share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
     """What process `rank` of `world` takes of a global batch; nothing, if the batch has no more than `rank` samples."""
-    return batch[rank::world]
+    return batch[rank::world]  # neighbours, of like length, go to different processes
 
 # %% ../../nbs/data/08_batches.ipynb #Rows
 @dataclass
@@ -141,8 +141,8 @@ class Batch:
 
 # %% ../../nbs/data/08_batches.ipynb #read-once
 def read_once(store: Store, ids: list[str]) -> tuple[Tensor, Tensor]:
-    """x and mask of `ids` from the store as tensors; an id that occurs several times is read once."""
-    places = {id: place for place, id in enumerate(dict.fromkeys(ids))}
+    """x [B, N, D] and mask [B, N] of `ids` from the store as tensors; an id that occurs several times is read once."""
+    places = {id: place for place, id in enumerate(dict.fromkeys(ids))}  # each once, in order
     x, mask = (torch.from_numpy(array) for array in store.read(list(places)))
     if len(places) == len(ids): return x, mask
     index = torch.tensor([places[id] for id in ids])
@@ -177,7 +177,7 @@ class Batches:
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The samples of each batch of an epoch that fall to this process: a function of settings and epoch alone."""
         if self.shuffle: batches = plan_epoch(self.lengths, self.batch_size, self.seed, epoch)
-        else: batches = np.split(np.arange(len(self.lengths)), range(self.batch_size, len(self.lengths), self.batch_size))
+        else: batches = np.split(np.arange(len(self.lengths)), range(self.batch_size, len(self.lengths), self.batch_size))  # cut after every batch
         return [share(batch, self.rank, self.world) for batch in batches]
 
     def load(self, samples: np.ndarray, epoch: int = 0) -> Batch:
@@ -207,13 +207,13 @@ def check_batches(batches: "Batches") -> None:
 def sample_lengths(rows: Rows | None, items: int, captions: int) -> np.ndarray:
     """Tokens of each sample: of a caption (captions=1), of the longest of a picture (n > 1), or 0 for each picture (0)."""
     if not captions: return np.zeros(items, dtype=np.int64)
-    return rows.lengths if captions == 1 else np.maximum.reduceat(rows.lengths, rows.first[:-1])
+    return rows.lengths if captions == 1 else np.maximum.reduceat(rows.lengths, rows.first[:-1])  # the maximum of each stretch
 
 
 def samples_to_rows(samples: np.ndarray, epoch: int, rows: Rows | None, captions: int) -> tuple[np.ndarray, np.ndarray]:
     """(item of each sample, caption rows image-major): of more than n captions the epochs take turns, of fewer some repeat."""
     if captions == 0: return samples, samples[:0]
-    if captions == 1: return np.searchsorted(rows.first, samples, side="right") - 1, samples
+    if captions == 1: return np.searchsorted(rows.first, samples, side="right") - 1, samples  # the last item that begins at or before the row
     first, count = rows.first[samples], rows.first[samples + 1] - rows.first[samples]
     turn = np.where(count > captions, epoch * captions, 0)  # where this epoch begins to take
     return samples, (first[:, None] + (turn[:, None] + np.arange(captions)) % count[:, None]).ravel()

@@ -35,7 +35,7 @@ class Item:
     path: str
     split: str
     captions: tuple[str, ...] = ()
-    scene: dict | None = field(default=None, hash=False)
+    scene: dict | None = field(default=None, hash=False)  # a dict has no hash
 
 # %% ../../nbs/data/04_captions.ipynb #need
 def need(record: dict, name: str, kind: type, where: str):
@@ -149,7 +149,7 @@ class Vocab:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words of `ids` (list or 1-d tensor) up to the first EOS, without PAD and SOS, with UNK. ValueError: not an id."""
-        ids = list(map(int, ids))
+        ids = list(map(int, ids))  # numbers, also of a tensor
         ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
         if not all(0 <= i < len(self) for i in ids): raise ValueError(f"{ids}: not all ids are below {len(self)} words")
         return " ".join(self.words[i] for i in ids if i not in (self.pad, self.sos))
@@ -182,7 +182,7 @@ def coverage(vocab: Vocab, items: Iterable[Item], top: int = 5) -> Coverage:
     """What share of the tokens in the captions of `items`, of all splits there, become UNK; `top` examples with counts."""
     texts = [tokenize(text) for item in items for text in item.captions]
     unknown = Counter(token for text in texts for token in text if token not in vocab.index)
-    commonest = sorted(unknown.items(), key=lambda pair: (-pair[1], pair[0]))[:top]
+    commonest = sorted(unknown.items(), key=lambda pair: (-pair[1], pair[0]))[:top]  # equal counts by alphabet
     return Coverage(len(texts), sum(map(len, texts)), unknown.total(), tuple(commonest))
 
 # %% ../../nbs/data/04_captions.ipynb #with-words
@@ -203,7 +203,7 @@ def find_image(images: str | Path, names: Sequence[str], where: str, check: bool
     root = os.path.abspath(images)
     paths = [os.path.join(images, name) for name in names]
     for name, path in zip(names, paths):
-        if not name or not Path(os.path.abspath(path)).is_relative_to(root):
+        if not name or not Path(os.path.abspath(path)).is_relative_to(root):  # no ../ out of it
             raise UserError(f"{where}: image {name!r} is not inside the folder {images}")
     path = next(filter(os.path.isfile, paths), None)
     if check and path is None: raise UserError(f"{where}: image {paths[0]} does not exist (check=False does without)")
@@ -232,7 +232,7 @@ def karpathy(json_path: str | Path, images: str | Path, restval: bool = True, sk
         captions = with_words(raw, where, skipped)
         if raw and not captions: continue  # nothing is left of it; a picture that never had captions stays
         id = next((str(record[key]) for key in ("cocoid", "imgid") if record.get(key) is not None), Path(name).stem)
-        names = [f"{record['filepath']}/{name}", name] if record.get("filepath") else [name]
+        names = [f"{record['filepath']}/{name}", name] if record.get("filepath") else [name]  # COCO has two folders, others may have one
         split = "train" if split == "restval" else known_split(split, where)
         scene = need(record, "scene", dict, where) if record.get("scene") is not None else None
         items.append(Item(claim(seen, id, where), find_image(images, names, where, check), split, captions, scene))
@@ -259,7 +259,7 @@ def json_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
 def csv_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
     """(line number, column -> cell) for each row of a CSV file (.tsv: tabs) with a header; column names in lower case."""
     reader = csv.reader(io.StringIO(file_text(path)), delimiter="\t" if Path(path).suffix.lower() == ".tsv" else ",", strict=True)
-    try:
+    try:  # strict, because one open quote would swallow the rest of the file
         header = [name.strip().lower() for name in next(reader, [])]
         if len(set(header)) < len(header): raise UserError(f"{path}: line 1: a column name occurs twice: {', '.join(header)}")
         for row in reader:

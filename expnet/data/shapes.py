@@ -107,7 +107,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
         radius = np.where(np.arange(points) % 2, 0.42, 1.05)  # every second point is a notch
         x, y = radius * x, radius * y + 0.05
     if shape == "heart":
-        x, y = x ** 3, (13 * y + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn) - 2.5) / 14.5
+        x, y = x ** 3, (13 * y + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn) - 2.5) / 14.5  # the usual heart curve, scaled
     return list(zip((x + 1) / 2, (y + 1) / 2))
 
 
@@ -121,7 +121,7 @@ def stencil(shape: str, side: int, striped: bool = False) -> Image.Image:
     if shape == "ring": pen.ellipse([0.26 * big, 0.26 * big, 0.74 * big, 0.74 * big], fill=0)
     if striped:
         for k in range(0, 10, 2): pen.rectangle([0, k * big / 9 - 1, big, (k + 1) * big / 9], fill=0)
-    return image.resize((side, side), Image.Resampling.BOX)
+    return image.resize((side, side), Image.Resampling.BOX)  # the mean of 8 × 8
 
 # %% ../../nbs/data/02_shapes.ipynb #UNITS
 UNITS = 64
@@ -268,8 +268,8 @@ def label_grid(scene: Scene, grid: int = 8, seed: int = 0) -> dict[str, np.ndarr
     image = Image.new("L", (size, size))
     for k, p in enumerate(placed):
         left, top, side = in_pixels(p, size)
-        image.paste(k + 1, (left, top), stencil(scene.groups[p.group].shape, side).point(lambda v: 255 * (v > 127)))
-    places = np.asarray(image).reshape(grid, 8, grid, 8).swapaxes(1, 2).reshape(grid, grid, 64)
+        image.paste(k + 1, (left, top), stencil(scene.groups[p.group].shape, side).point(lambda v: 255 * (v > 127)))  # over earlier ones
+    places = np.asarray(image).reshape(grid, 8, grid, 8).swapaxes(1, 2).reshape(grid, grid, 64)  # the 64 pixels of each place
     cover = np.stack([(places == k + 1).mean(-1) for k in range(len(placed))])
     part = np.where(cover >= COVER, cover / cover.sum((1, 2), keepdims=True).clip(1e-9), 0)
     owner = np.where(part.max(0) > 0, part.argmax(0), -1)
@@ -382,7 +382,7 @@ class Record:
 
 def record(split: str, number: int, seed: int = 0, style: str = "mixed", n: int = 5) -> Record:
     """Picture `number` of `split` in the world `seed`, with `n` captions; depends on nothing else."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), number])
+    rng = np.random.default_rng([seed, SPLITS.index(split), number])  # no other picture moves it
     pair = one_of(rng, sorted(HELD_PAIRS)) if split == "test_pairs" else None
     counted = one_of(rng, sorted(HELD_COUNTS)) if split == "test_counts" else None
     scene, picture_seed = sample_scene(rng, pair, counted), int(rng.integers(2**31))
