@@ -272,12 +272,12 @@ def show_map(floors: Mapping[str, Sequence[str]], needs: Iterable[tuple[str, str
 
     ways: visitor -> the floors where she stops, drawn as lines on the right."""
     ways = ways or {}
-    wide, head = 100 - 3.5 * len(ways), 0.55 * max(map(len, ways), default=-1) + 0.6
+    wide, head = 100 - 3.5 * len(ways), 0.42 * max(map(len, ways), default=-1) + 0.6     # names stand upright above the floors
     texts = {name: wrap(" · ".join(inside), int(wide)) for name, inside in floors.items()}
     half = {name: len(lines) / 2 + 0.3 for name, lines in texts.items()}
     tops = np.cumsum([0, *(len(lines) + 1.4 for lines in texts.values())]).tolist()
     middle = {name: top + half[name] - 0.3 for name, top in zip(texts, tops)}
-    figure, ax = plt.subplots(figsize=(size, 0.17 * (tops[-1] + head + 1)), layout="constrained", dpi=60)
+    figure, ax = plt.subplots(figsize=(size, 0.17 * (tops[-1] + head + 1)), layout="constrained")
     for name, lines in texts.items():
         ax.add_patch(plt.Rectangle((0, middle[name] - half[name]), wide, 2 * half[name], color="#e8eef5"))
         ax.text(1, middle[name], name, va="center", fontsize=8, weight="bold")
