@@ -25,14 +25,14 @@ from ..tools import UserError
 
 # %% ../../nbs/data/08_batches.ipynb #padding
 def padding(lengths: np.ndarray, plan: Iterable[np.ndarray]) -> float:
-    """Share of padding among all token cells when samples of these `lengths` are batched as in `plan`."""
+    """Share of padding among all token cells when samples of these `lengths` [samples] are batched as in `plan`, arrays [batch] of samples."""
     cells = sum(len(batch) * lengths[batch].max() for batch in plan)
     words = sum(lengths[batch].sum() for batch in plan)
     return float(1 - words / cells)
 
 # %% ../../nbs/data/08_batches.ipynb #plan-epoch
 def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int = 0, epoch: int = 0, pool: int = 50) -> list[np.ndarray]:
-    """The samples 0 .. len(lengths)-1 in batches, each once, like lengths together; a pure function of the arguments.
+    """The samples 0 .. len(lengths)-1 in batches, arrays [batch], each once, like lengths together; a pure function of the arguments.
 
     `pool`: how many batches of a random order are sorted together. One batch is shorter if `batch_size` does not divide."""
     draw = np.random.default_rng([seed % 2**32, epoch])  # its own generator: nobody else can move it
@@ -44,7 +44,7 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, seed: int = 0, epoch: int =
 
 # %% ../../nbs/data/08_batches.ipynb #share
 def share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """What process `rank` of `world` takes of a global batch; nothing, if the batch has no more than `rank` samples."""
+    """What process `rank` of `world` takes of a global batch [samples]; nothing, if the batch has no more than `rank` samples."""
     return batch[rank::world]  # neighbours, of like length, go to different processes
 
 # %% ../../nbs/data/08_batches.ipynb #Rows
@@ -60,7 +60,7 @@ class Rows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens in each row, SOS and EOS counted."""
+        """Tokens in each row, [rows], SOS and EOS counted."""
         return np.diff(self.starts)
 
 # %% ../../nbs/data/08_batches.ipynb #encode-captions
@@ -175,13 +175,13 @@ class Batches:
     def __len__(self) -> int: return -(-len(self.lengths) // self.batch_size)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """The samples of each batch of an epoch that fall to this process: a function of settings and epoch alone."""
+        """The samples of each batch of an epoch that fall to this process, arrays [share]: a function of settings and epoch alone."""
         if self.shuffle: batches = plan_epoch(self.lengths, self.batch_size, self.seed, epoch)
         else: batches = np.split(np.arange(len(self.lengths)), range(self.batch_size, len(self.lengths), self.batch_size))  # cut after every batch
         return [share(batch, self.rank, self.world) for batch in batches]
 
     def load(self, samples: np.ndarray, epoch: int = 0) -> Batch:
-        """The batch of these samples as it is in `epoch`, read from the store; of no samples, a filler."""
+        """The batch of these `samples` [share] as it is in `epoch`, read from the store; of no samples, a filler."""
         images, rows = samples_to_rows(samples if len(samples) else np.array([0]), epoch, self.rows, self.captions)
         ids, tokens = [self.items[i].id for i in images], pad_rows([self.rows[r] for r in rows], self.vocab.pad)
         store = self.store.in_epoch(epoch) if hasattr(self.store, "in_epoch") else self.store  # varied pictures
@@ -205,13 +205,13 @@ def check_batches(batches: "Batches") -> None:
 
 
 def sample_lengths(rows: Rows | None, items: int, captions: int) -> np.ndarray:
-    """Tokens of each sample: of a caption (captions=1), of the longest of a picture (n > 1), or 0 for each picture (0)."""
+    """Tokens of each sample, [samples]: of a caption (captions=1), of the longest of a picture (n > 1), or 0 for each picture (0)."""
     if not captions: return np.zeros(items, dtype=np.int64)
     return rows.lengths if captions == 1 else np.maximum.reduceat(rows.lengths, rows.first[:-1])  # the maximum of each stretch
 
 
 def samples_to_rows(samples: np.ndarray, epoch: int, rows: Rows | None, captions: int) -> tuple[np.ndarray, np.ndarray]:
-    """(item of each sample, caption rows image-major): of more than n captions the epochs take turns, of fewer some repeat."""
+    """(item of each sample [B], caption rows [B*n], image-major): of more than n captions the epochs take turns, of fewer some repeat."""
     if captions == 0: return samples, samples[:0]
     if captions == 1: return np.searchsorted(rows.first, samples, side="right") - 1, samples  # the last item that begins at or before the row
     first, count = rows.first[samples], rows.first[samples + 1] - rows.first[samples]

@@ -312,7 +312,7 @@ def fill_rows(target: str, batches: Iterable, backbone: nn.Module, device: str, 
 
 # %% ../../nbs/data/07_features.ipynb #blocks-to-do
 def blocks_to_do(names: Sequence[str], done: np.ndarray, wanted: dict[str, str], batch_size: int) -> list[list[int]]:
-    """The rows that are wanted and not done, in blocks that depend on their numbers and the batch size alone."""
+    """The rows that are wanted and not done (`done` [rows] of 0 and 1), in blocks that depend on their numbers and the batch size alone."""
     todo = [row for row, name in enumerate(names) if name in wanted and not done[row]]
     return [list(block) for _, block in groupby(todo, key=lambda row: row // batch_size)]
 
