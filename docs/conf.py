@@ -47,6 +47,12 @@ def without_annotated(app, what, name, obj, options, signature, returns):
     return stringify_signature(plain.replace(parameters=parameters, return_annotation=plain.empty), unqualified_typehints=True), ""
 
 
+def without_fields(app, what, name, obj, skip, options):
+    """The fields of a named tuple stand in its signature already; Python's own words about them say nothing."""
+    return True if re.match(r"Alias for field number \d+$", getattr(obj, "__doc__", None) or "") else None
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", as_plain)
     app.connect("autodoc-process-signature", without_annotated)
+    app.connect("autodoc-skip-member", without_fields)

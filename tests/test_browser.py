@@ -17,6 +17,7 @@ from expnet.data.shapes import record
 from test_serve import tiny
 
 ROOT = Path(__file__).parents[1]
+WAIT = 300_000                                              # milliseconds for one thing to appear, on a slow computer
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this computer")]
 
@@ -33,7 +34,7 @@ def browser():
 @pytest.fixture
 def page(browser):
     page = browser.new_page(viewport={"width": 1300, "height": 900})
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(WAIT)
     yield page
     page.close()
 
@@ -48,7 +49,7 @@ def lab(tmp_path_factory):
     words = ["--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'nbs'}"]
     process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: urlopen(f"http://127.0.0.1:{port}/api").status == 200, 120)
+        wait_for(lambda: urlopen(f"http://127.0.0.1:{port}/api").status == 200, WAIT / 1000)
         yield f"http://127.0.0.1:{port}", home / "nbs"
     finally:
         process.terminate()
@@ -84,20 +85,37 @@ def test_a_chapter_runs_from_top_to_bottom_in_jupyterlab(page, lab, chapter):
         page.wait_for_timeout(2000)                                                                 # lets the page work, which time.sleep does not
         page.keyboard.press("Control+s")
         return all(c["execution_count"] not in (None, 99) for c in code())
-    wait_for(saved, 300)
+    wait_for(saved, 2 * WAIT / 1000)
     assert [c["execution_count"] for c in code()] == list(range(1, len(code()) + 1))
     assert not [o for c in code() for o in c["outputs"] if o["output_type"] == "error"]
     assert any(c["outputs"] for c in code())
 
 
-def test_every_page_of_the_site_fits_on_a_phone(browser, site):
+# What stands to the right of the screen must be in a box that scrolls; pictures must have pixels.
+UNREADABLE = """async () => {
+    document.querySelectorAll("details").forEach(part => part.open = true);
+    await window.MathJax?.startup?.promise;
+    const way = node => node && node != document.body ? (getComputedStyle(node).overflowX == "visible" ? way(node.parentElement) : getComputedStyle(node).overflowX) : "visible";
+    const lost = node => node.getBoundingClientRect().right > innerWidth + 1 && !["auto", "scroll"].includes(way(node));
+    const parts = [...document.querySelectorAll(".bd-article :is(p, li, h1, h2, h3, pre, table, img, summary, dt, dd, mjx-container)")];
+    const empty = [...document.images].filter(image => !image.naturalWidth);
+    const wide = document.documentElement.scrollWidth > innerWidth ? [document.body] : [];
+    return [...wide, ...parts.filter(lost), ...empty].map(node => node.tagName + " " + (node.src ?? node.textContent.trim().slice(0, 40)));
+}"""
+
+
+def test_every_page_of_the_site_can_be_read_on_a_phone(browser, site):
     page = browser.new_page(viewport={"width": 400, "height": 800})
-    wide = {}
-    for file in sorted(p for p in site.rglob("*.html") if "_static" not in p.parts):
-        page.goto(file.as_uri(), wait_until="domcontentloaded")
-        if (width := page.evaluate("document.documentElement.scrollWidth")) > 400: wide[str(file.relative_to(site))] = width
+    page.set_default_timeout(WAIT)
+    faults, files = {}, sorted(p for p in site.rglob("*.html") if "_static" not in p.parts)
+    for file in files:
+        page.goto(file.as_uri())
+        if found := page.evaluate(UNREADABLE): faults[str(file.relative_to(site))] = found
+    page.goto((site / "index.html").as_uri())
+    page.evaluate("document.body.append(Object.assign(document.createElement('div'), {style: 'width: 500px', textContent: 'too wide'}))")
+    assert page.evaluate(UNREADABLE)                                                                # it would be noticed
     page.close()
-    assert not wide
+    assert len(files) > 80 and not faults
 
 
 def test_the_site_shows_formulas_finds_words_and_turns_dark(page, site):
@@ -132,7 +150,7 @@ def test_pictures_dropped_on_the_page_are_captioned_and_bad_files_explained(page
     page.wait_for_selector("select[name=model] option", state="attached")
     page.fill("input[name=n]", "2")
     page.set_input_files("#drop input", sorted(tmp_path.iterdir()))
-    page.wait_for_selector("#progress", state="hidden")
+    page.wait_for_function("document.querySelectorAll('article').length == 6 && !document.querySelector('.state') && [...document.images].every(image => image.complete)")
     errors = {article.locator(".name").inner_text(): article.locator(".error").inner_text() for article in page.locator("article:has(.error)").all()}
     assert set(errors) == {"text.jpg", "empty.png", "long.png"}
     assert "empty file" in errors["empty.png"] and "not a picture" in errors["text.jpg"] and "at most 2" in errors["long.png"]

@@ -54,6 +54,19 @@ def test_readers_see_no_machinery(site):
     assert hidden and "set_matplotlib_formats" not in (site / hidden[0].relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
 
 
+def test_solutions_are_folded_away_and_rendered(site):
+    """A hidden part keeps its summary, and what is in it is text, lists and code, not Markdown's signs."""
+    found = 0
+    for path in NOTEBOOKS:
+        page = (site / path.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
+        texts = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+        inside = re.findall(r"<details><summary>(.*?)</summary>(.*?)</details>", page, re.S)
+        assert sum(text.count("<details>") for text in texts) == len(inside), path.stem
+        assert all(title.strip() and re.search(r"<(p|ol|ul|div)\b", part) and "```" not in part and "**" not in re.sub(r"(?s)<(pre|code).*?</\1>", "", part) for title, part in inside), path.stem
+        found += len(inside)
+    assert found
+
+
 def test_the_first_page_is_the_readme(site):
     page, readme = (site / "index.html").read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if line.startswith("|") and re.search(r"\d\.\d{3}", line)]
