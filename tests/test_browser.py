@@ -1,4 +1,5 @@
 """In headless Chromium: chapters run in JupyterLab, the site fits on a phone, and the page of `expnet serve` captions what is dropped on it."""
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from expnet.data.shapes import record
-from test_serve import tiny
+from test_serve import BAD, tiny
 
 ROOT = Path(__file__).parents[1]
 WAIT = 300_000                                              # milliseconds for one thing to appear, on a slow computer
@@ -138,7 +139,10 @@ def test_the_site_shows_formulas_finds_words_and_turns_dark(page, site):
 def served():
     pytest.importorskip("starlette", reason="serve needs the extra serve")
     from expnet.cli.serve import Desk, Limits, application, running
-    with running(application(Desk({"tiny": tiny()}, Limits(megabytes=2)))) as address: yield address
+    from expnet.deploy.runtime import Runtime
+    from exported import artefact
+    pytest.importorskip("onnxruntime", reason="exported models need the extra onnx")
+    with running(application(Desk({"tiny": tiny(), "exported": Runtime(artefact())}, Limits(megabytes=2)))) as address: yield address
 
 
 def test_pictures_dropped_on_the_page_are_captioned_and_bad_files_explained(page, served, tmp_path):
@@ -146,13 +150,18 @@ def test_pictures_dropped_on_the_page_are_captioned_and_bad_files_explained(page
     (tmp_path / "text.jpg").write_text("dear diary")
     (tmp_path / "empty.png").touch()
     (tmp_path / "long.png").write_bytes(bytes(3_000_000))
+    (tmp_path / "fifty.jpg").write_bytes(BAD["50 megapixels"][0]())
+    (tmp_path / "bomb.zip").write_bytes(BAD["zip bomb"][0]())
     page.goto(served)
     page.wait_for_selector("select[name=model] option", state="attached")
     page.fill("input[name=n]", "2")
+    assert page.locator("#going").is_hidden()
     page.set_input_files("#drop input", sorted(tmp_path.iterdir()))
-    page.wait_for_function("document.querySelectorAll('article').length == 6 && !document.querySelector('.state') && [...document.images].every(image => image.complete)")
+    page.wait_for_function("document.querySelectorAll('article').length == 8 && !document.querySelector('.state') && [...document.images].every(image => image.complete)")
+    assert page.locator("#count").text_content() == "8 of 8" and page.locator("#going").is_hidden()
     errors = {article.locator(".name").inner_text(): article.locator(".error").inner_text() for article in page.locator("article:has(.error)").all()}
-    assert set(errors) == {"text.jpg", "empty.png", "long.png"}
+    assert set(errors) == {"text.jpg", "empty.png", "long.png", "fifty.jpg", "bomb.zip"}
+    assert "at most 40 megapixels" in errors["fifty.jpg"] and "not a picture" in errors["bomb.zip"]
     assert "empty file" in errors["empty.png"] and "not a picture" in errors["text.jpg"] and "at most 2" in errors["long.png"]
     good = page.locator("article:has(.caption)")
     assert good.count() == 3 and good.first.locator(".caption").count() == 2
@@ -179,3 +188,36 @@ def test_settings_of_the_page_reach_the_model_and_a_phone_can_use_it(browser, se
     assert "temperature" in page.locator(".error").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     page.close()
+
+
+def test_an_exported_model_answers_and_what_it_fixed_is_locked(page, served, tmp_path):
+    Image.fromarray(record("test", 5).picture()).save(tmp_path / "one.png")
+    page.goto(served)
+    page.wait_for_selector("select[name=model] option", state="attached")
+    assert page.locator("#fixed").is_hidden() and page.locator("input[name=beam]").is_enabled()
+    page.select_option("select[name=model]", "exported")
+    assert page.locator("#fixed").is_visible() and page.locator("input[name=beam]").is_disabled() and page.locator("select[name=search]").is_disabled()
+    page.fill("input[name=n]", "2")
+    page.set_input_files("#drop input", tmp_path / "one.png")
+    page.wait_for_selector(".caption >> nth=1")
+    assert page.locator(".score").count() == 2 and page.locator(".error").count() == 0
+
+
+def test_a_picture_dropped_by_hand_and_a_server_that_is_gone(page, tmp_path):
+    pytest.importorskip("starlette", reason="serve needs the extra serve")
+    from expnet.cli.serve import Desk, application, running
+    file = io.BytesIO()
+    Image.fromarray(record("test", 5).picture()).save(file, "PNG")
+    drop = """data => {
+        const files = new DataTransfer();
+        files.items.add(new File([new Uint8Array(data)], "one.png"));
+        document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
+    }"""
+    with running(application(Desk({"tiny": tiny()}))) as address:
+        page.goto(address)
+        page.wait_for_selector("select[name=model] option", state="attached")
+        page.evaluate(drop, list(file.getvalue()))
+        page.wait_for_selector(".caption")
+    page.evaluate(drop, list(file.getvalue()))
+    page.wait_for_selector(".error")
+    assert "is the server still running" in page.locator(".error").inner_text()

@@ -125,7 +125,7 @@ def test_settings_are_obeyed_and_wrong_ones_named(address, model):
 def test_the_page_and_the_limits(address):
     page = urlopen(address).read().decode()
     assert "Drop pictures here" in page and "http" not in page.replace("http-equiv", "")        # nothing is fetched from elsewhere
-    assert json.load(urlopen(f"{address}/about")) == {"models": ["tiny"], "megabytes": 2, "megapixels": 40, "beam": 10}
+    assert json.load(urlopen(f"{address}/about")) == {"models": ["tiny"], "exported": [], "megabytes": 2, "megapixels": 40, "beam": 10}
 
 
 def test_it_is_asked_from_this_computer_alone(address):
@@ -159,3 +159,5 @@ def test_an_exported_model_answers_too():
     answer = Desk({"exported": exported}).answer(picture(0), {"n": "2", "beam": "3"})
     said = exported.caption([Image.open(io.BytesIO(picture(0))).convert("RGB")])[0]
     assert [c["text"] for c in answer["captions"]] == list(said.captions[:2]) and [c["maps"] for c in answer["captions"]] == [[], []]
+    assert Desk({"exported": exported}).answer(picture(0), {"n": "2", "temperature": "9"}) == answer   # what it has no use for is no mistake
+    assert Desk({"exported": exported, "tiny": tiny()}).about()["exported"] == ["exported"]

@@ -105,15 +105,15 @@ class Desk:
 
     def about(self) -> dict:
         """What the page shows before the first picture."""
-        return {"models": list(self.models), **vars(self.limits)}
+        return {"models": list(self.models), "exported": [name for name, model in self.models.items() if isinstance(model, Runtime)], **vars(self.limits)}
 
     def answer(self, data: bytes, given: Mapping[str, str]) -> dict:
         """The captions of the picture file `data`, see `describe`; UserError for what cannot be done."""
         name = given.get("model", next(iter(self.models)))
         if name not in self.models: raise UserError(f"model {name!r}: there is {', '.join(self.models)}")
-        how, model, image = search_of(given, self.limits), self.models[name], received(data, self.limits)
+        model, image = self.models[name], received(data, self.limits)
         if isinstance(model, Runtime): return describe_exported(model, image, number(given, "n", 1, self.limits.beam, 1))
-        return describe(model, image, how)
+        return describe(model, image, search_of(given, self.limits))
 
 # %% ../../nbs/deploy/82_serve_command.ipynb #body-of
 async def body_of(request, most: float) -> bytes:
