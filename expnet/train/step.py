@@ -177,7 +177,7 @@ def training_mode(model: nn.Module) -> None:
 
 # %% ../../nbs/train/43_step.ipynb #Objective
 def hide_regions(mask: Tensor, share: float) -> Tensor:
-    """`mask` [B, N] without some regions: of each picture another part, between none and twice `share`. No picture loses all."""
+    """`mask` [B, N] without some regions: each with a probability drawn for the picture, from 0 to twice `share`. No picture loses all."""
     if not share: return mask
     draw = torch.rand(len(mask), mask.shape[1] + 1).to(mask.device)
     kept = mask & (draw[:, 1:] >= 2 * share * draw[:, :1])
