@@ -17,6 +17,7 @@ def xe(logits: Tensor, targets: Tensor, pad: int, smoothing: float = 0.1) -> Ten
 
     The said word gets 1 - smoothing, every other word smoothing / (V - 1), as in the published code. Zero is the best value."""
     vocab = logits.shape[-1]
+    # torch spreads its smoothing over all V words, the said one included: hence V / (V - 1)
     loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=pad,
                            label_smoothing=smoothing * vocab / (vocab - 1))
     entropy = -(1 - smoothing) * log(1 - smoothing) - smoothing * log(smoothing / (vocab - 1)) if smoothing else 0.0

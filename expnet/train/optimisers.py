@@ -30,6 +30,7 @@ class RAdam(torch.optim.RAdam):
         """One step; a parameter group whose first steps are not over keeps its weights and updates its averages."""
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
+            # a rate of 0 lets torch update the averages and leave the weights where they are
             taken = max([int(self.state[p]["step"]) for p in group["params"] if self.state[p]], default=0)
             if gradients_worth(taken + 1, group["betas"][1]) <= 5: group["lr"] = 0.0
         try: return super().step(closure)

@@ -26,6 +26,7 @@ def own_words(model: Captioner, memory: Memory, inputs: Tensor, share: float) ->
             logp, state, _ = model.step(memory, state, read[-1])
             words = log_policy(logp, vocab).index_fill(-1, silent, -torch.inf).softmax(-1)
             mine = torch.multinomial(words.flatten(0, 1), 1).view_as(given)
+            # SOS and what follows the end stay: only words are exchanged for words
             swap = (torch.rand(given.shape, device=given.device) < share) & ~torch.isin(given, silent)
             read.append(torch.where(swap, mine, given))
     return torch.cat(read, 1)

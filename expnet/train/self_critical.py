@@ -59,6 +59,7 @@ def returns(rewards: Tensor, said: Tensor, discount: float = 1.0) -> Tensor:
 def log_policy(logits: Tensor, vocab, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [..., V] of what is said next: softmax(logits / temperature) without PAD and SOS, which are -inf."""
     silent = torch.tensor([vocab.pad, vocab.sos], device=logits.device)
+    # softmax in 32 bits, also where the model computes in 16
     return (logits.float() / temperature).index_fill_(-1, silent, -torch.inf).log_softmax(-1)
 
 
@@ -93,6 +94,7 @@ def say_coupled(model: Captioner, memory: Memory, n: int = 5, max_len: int = 20,
     while tokens.shape[1] < max_len and not (tokens == vocab.eos).any(1).all():
         logits = model(memory, torch.cat([start, tokens], 1))[:, -model.K:]
         parts.append(log_policy(logits, vocab, temperature))
+        # no gradient goes through the choice itself, only through its log-probability
         words = torch.multinomial(parts[-1].detach().exp().flatten(0, 1), 1).view(len(start), -1)
         tokens = torch.cat([tokens, words], 1)
         tokens = tokens.masked_fill(~spoken(tokens, vocab), vocab.pad)
@@ -134,7 +136,7 @@ def self_critical(model: Captioner, memory: Memory, ids: Sequence[str], reward: 
     worth = returns(rewards, said, discount)
     better = word_advantage(rewards, worth, base)
     logp = every.gather(-1, tokens[..., None])[..., 0]
-    entropy = -(every.exp() * every.clamp(min=-1e4)).sum(-1) if bonus else None
+    entropy = -(every.exp() * every.clamp(min=-1e4)).sum(-1) if bonus else None      # of -inf, 0 · inf would be NaN
     loss = policy_gradient(logp, said, better, per, entropy, bonus)
     quiet = lambda x: None if x is None else x.detach().masked_fill(~said, 0)
     return Learnt(loss, rewards, tokens, quiet(logp), quiet(worth), quiet(better), base if callable(baseline) else None, quiet(entropy))
