@@ -19,7 +19,7 @@ setup: .venv/ready  ## create .venv and install the package with its development
 .venv/ready: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -e ".[$(EXTRAS)]" || $(BIN)/python -m pip install -q -e ".[$(EXTRAS)]"
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -e ".[$(EXTRAS)]" || $(BIN)/python -m pip install -q -e ".[$(EXTRAS)]"
 	touch $@
 
 quickstart: setup  ## draw a world, learn to caption it, show scores and a picture (minutes, no GPU)

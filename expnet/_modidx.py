@@ -1139,6 +1139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'expnet.models.swin.merge_order': ('models/swin.html#merge_order', 'expnet/models/swin.py'),
                                     'expnet.models.swin.published_buffers': ('models/swin.html#published_buffers', 'expnet/models/swin.py'),
                                     'expnet.models.swin.start_weights': ('models/swin.html#start_weights', 'expnet/models/swin.py'),
+                                    'expnet.models.swin.stochastic_depth': ('models/swin.html#stochastic_depth', 'expnet/models/swin.py'),
                                     'expnet.models.swin.to_timm': ('models/swin.html#to_timm', 'expnet/models/swin.py')},
             'expnet.models.windows': { 'expnet.models.windows.WindowAttention': ( 'models/windows.html#windowattention',
                                                                                   'expnet/models/windows.py'),
