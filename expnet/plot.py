@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['as_array', 'as_picture', 'SmallCanvas', 'finish', 'show_images', 'show_windows', 'show_matrix', 'lit',
-           'show_attention', 'show_bars', 'show_curves', 'show_histogram', 'show_history', 'show_tree', 'show_captions',
-           'show_scored', 'show_words', 'essential', 'draw_arrows', 'draw_ways', 'show_map']
+           'show_attention', 'show_saying', 'show_word', 'show_bars', 'show_curves', 'show_histogram', 'show_history',
+           'show_tree', 'show_captions', 'show_scored', 'show_words', 'essential', 'draw_arrows', 'draw_ways',
+           'show_map']
 
 # %% ../nbs/01_plot.ipynb #imports
 from collections.abc import Iterable, Mapping, Sequence
@@ -114,6 +115,45 @@ def show_attention(picture, maps: Sequence, words: Sequence[str] = (), columns: 
     """Draw `picture` as it is and then once under each of `maps` [W, N] (see `lit`), with `words` above them."""
     tiles = [picture, *(lit(picture, weights) for weights in maps)]
     return show_images(tiles, ["picture", *words] if len(words) else (), columns=columns, size=size, wrap=int(size * 15), suptitle=suptitle)
+
+# %% ../nbs/01_plot.ipynb #show-saying
+def show_saying(picture, said: Sequence[str], heard: Sequence[str], maps: Mapping[str, Sequence], title: str = "", size: float = 0.5) -> Figure:
+    """Draw a line for each word `said`: where it looked, which words `heard` it listened to, which rows of the expansion table it used.
+
+    maps: "attention" [W, N], "words" [W, H] and "expansion" [W, E] for W words said and H words heard; more rows or columns are left out."""
+    attention, words, expansion = (as_array(maps[name])[:len(said)] for name in ("attention", "words", "expansion"))
+    parts = np.concatenate([lit(picture, weights) for weights in attention]), words[:, :len(heard)], expansion
+    names, widths = ([], heard, [str(e) for e in range(expansion.shape[1])]), [1, 0.6 * len(heard), 0.6 * expansion.shape[1]]
+    figure, axes = plt.subplots(1, 3, figsize=(size * sum(widths) + 1.6, size * len(said) + 1.2), width_ratios=widths, sharey=True, layout="constrained", dpi=60)
+    for ax, cells, wide, columns, label in zip(axes, parts, widths, names, ("looks at", "hears the values of", "uses the rows")):
+        ax.imshow(cells, cmap="Blues", vmin=0, extent=(0, wide, len(said), 0), interpolation="nearest")
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if columns is heard else {}
+        ax.set_xticks(0.6 * np.arange(len(columns)) + 0.3, columns, fontsize=8, **turned)
+        ax.set_title(label, fontsize=8)
+        ax.tick_params(axis="y", length=0)
+    axes[0].set_yticks(np.arange(len(said)) + 0.5, said, fontsize=8)
+    axes[0].hlines(range(1, len(said)), 0, 1, color="white", linewidth=1)      # tiles of dark pictures run into each other
+    figure.suptitle(title, fontsize=9)
+    finish(figure).canvas.colours = 144                        # many small noisy tiles: a smaller file
+    return figure
+
+# %% ../nbs/01_plot.ipynb #show-word
+def show_word(picture, attention, heard: Sequence[tuple[str, float]], expansion, title: str = "", size: float = 2.2) -> Figure:
+    """Draw one word: `picture` under its attention [N], its shares of the words `heard` (word, share) and of the expansion rows [E]."""
+    figure, axes = plt.subplots(1, 3, figsize=(3.4 * size, size), width_ratios=(4, 5, 2), layout="constrained", dpi=60)
+    axes[0].imshow(lit(picture, attention), interpolation="nearest")
+    axes[0].axis("off")
+    shares, rows = [float(share) for _, share in heard], as_array(expansion)
+    for ax, values, names, label in zip(axes[1:], (shares, rows), ([word for word, _ in heard], [str(e) for e in range(len(rows))]),
+                                        ("hears the values of", "uses the rows")):
+        ax.barh(range(len(values)), values, color="#4878a8")
+        ax.set_yticks(range(len(values)), names, fontsize=8)
+        ax.invert_yaxis()                                      # the first word on top, as one reads
+        ax.set_title(label, fontsize=8)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    return finish(figure)
 
 # %% ../nbs/01_plot.ipynb #show-bars
 def show_bars(values: Mapping[str, float], title: str = "", xlabel: str = "", size: tuple[float, float] = (5, 2.4)) -> Figure:
