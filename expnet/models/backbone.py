@@ -45,6 +45,7 @@ class Residual(nn.Module):
     """Two 3 × 3 convolutions with batch normalisation, added to the input: [B, dim, H, W] -> the same."""
     def __init__(self, dim: int):
         super().__init__()
+        # no biases: batch normalisation takes the mean away and adds a bias of its own
         self.body = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(),
                                   nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim))
 
@@ -52,7 +53,7 @@ class Residual(nn.Module):
 
 # %% ../../nbs/models/17_backbone.ipynb #halve
 def halve(dim: int, out: int) -> nn.Sequential:
-    """Half the height and width, `out` numbers a place: a 3 × 3 convolution with stride two."""
+    """Half the height and width, `out` numbers a place: a 3 × 3 convolution with stride two, [B, dim, H, W] -> [B, out, H/2, W/2]."""
     return nn.Sequential(nn.Conv2d(dim, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
 
 # %% ../../nbs/models/17_backbone.ipynb #with-coordinates
@@ -74,7 +75,7 @@ class ShapesNet(nn.Sequential):
 def parts(trunk: nn.Module) -> list[nn.Module]:
     """The modules with weights that `trunk` goes through, first to last: its children, or the members of its main list."""
     found = [child for child in trunk.children() if count_parameters(child)]
-    if len(found) == 1: return parts(found[0])
+    if len(found) == 1: return parts(found[0])                         # a wrapper: its inside counts
     for i, child in enumerate(found):
         main = count_parameters(child) > 0.75 * count_parameters(trunk) and isinstance(child, nn.Sequential | nn.ModuleList)
         if main and len(child) >= len(found) - 1: return [*found[:i], *child, *found[i + 1:]]
@@ -110,6 +111,7 @@ class Backbone(nn.Module):
         for part in reversed(there):
             if not last: break
             part.requires_grad_(True)
+            # a norm or a bias alone, of one axis, comes along and is not counted
             last -= any(p.ndim > 1 for p in part.parameters())
         return self
 
@@ -149,6 +151,7 @@ def build_swin(name: str, hub: bool, size: int | None, drop_path: float) -> Net:
     if name not in SWINS: raise UserError(f"backbone swin/{name}: the sizes are {', '.join(SWINS)}")
     if hub and name not in PRETRAINED: raise UserError(f"backbone swin/{name}: nobody published weights: give a file or None")
     config = replace(SWINS[name], size=size or SWINS[name].size, drop_path=drop_path)
+    # weights that are read at once need not be drawn first
     with undrawn() if hub else nullcontext(): net = Swin(config)
     if hub: net.load_state_dict(from_timm(create_timm(PRETRAINED[name], True).state_dict()))
     return Net(net, net, Preprocess(config.size), shape=(config.regions, config.width), rename=as_published)
@@ -157,9 +160,9 @@ def build_swin(name: str, hub: bool, size: int | None, drop_path: float) -> Net:
 def torchvision_trunk(model: nn.Module) -> tuple[nn.Module, bool]:
     """The part of a torchvision classifier before pooling, and whether its grid has its numbers last."""
     kind = type(model).__name__
-    if kind == "DenseNet": return nn.Sequential(model.features, nn.ReLU()), False
+    if kind == "DenseNet": return nn.Sequential(model.features, nn.ReLU()), False     # its ReLU stands in `forward`, not among the features
     if kind == "SwinTransformer": return nn.Sequential(model.features, model.norm), True
-    if kind == "ResNet": return nn.Sequential(*list(model.children())[:-2]), False
+    if kind == "ResNet": return nn.Sequential(*list(model.children())[:-2]), False    # without pooling and classifier
     if isinstance(getattr(model, "features", None), nn.Module): return model.features, False
     raise UserError(f"torchvision/{kind}: where its grid is, is not known here; timm may have the same network")
 
@@ -220,6 +223,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {asked[1]}" if asked else type(error).__name__
         raise UserError(f"{path}: not a weights file that can be read safely ({what})") from error
+    # training scripts wrap the weights, each in another word
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
@@ -230,6 +234,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: str | Path, rename: Callable[[dict], dict] = dict) -> list[str]:
     """Set every weight of `model` from the file; returns the unused names. UserError names what is missing or mis-shaped."""
     stored, own = rename(read_weights(path)), model.state_dict()
+    # batch normalisation counts its batches, which no answer depends on; old files do not have the count
     missing = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
     both = [name for name in own if name in stored]
     wrong = [f"{n} {list(stored[n].shape)} for {list(own[n].shape)}" for n in both if stored[n].shape != own[n].shape]

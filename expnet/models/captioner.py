@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 # %% ../../nbs/models/12_captioner.ipynb #log-probabilities
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-softmax over the last axis, in float32 or, for float64 logits, float64."""
+    """Log-softmax of logits [..., V] over the last axis: [..., V] in float32 or, for float64 logits, float64."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 # %% ../../nbs/models/12_captioner.ipynb #Past
@@ -58,6 +58,7 @@ class Past:
         """The past [T + K, R, D] with new [R, K, D] behind it."""
         new = new.transpose(0, 1)
         if self.rows is None: return Past(torch.cat([self.kept, new]))
+        # with gradients a result may not be written into a prepared tensor, so this way copies twice
         if torch.is_grad_enabled(): return Past(torch.cat([self.kept[:, self.rows], new]))
         longer = new.new_empty(len(self) + len(new), *new.shape[1:])
         torch.index_select(self.kept, 1, self.rows, out=longer[:len(self)])
@@ -66,10 +67,11 @@ class Past:
 
 # %% ../../nbs/models/12_captioner.ipynb #select
 def select(state: Any, rows: Tensor) -> Any:
-    """`state` with only `rows` (indices, repeats allowed) along the first axis of every tensor in it."""
+    """`state` with only `rows` [R] (indices, repeats allowed) along the first axis of every tensor in it."""
     if isinstance(state, Tensor): return state.index_select(0, rows)
     if isinstance(state, Past): return state.select(rows)
     if isinstance(state, Mapping): return {name: select(part, rows) for name, part in state.items()}
+    # a named tuple takes its parts one by one, other sequences take one list
     if hasattr(state, "_fields"): return type(state)(*(select(part, rows) for part in state))
     if isinstance(state, (tuple, list)): return type(state)(select(part, rows) for part in state)
     if state is None: return None
@@ -121,7 +123,7 @@ def unroll(model: Captioner, memory: Memory, tokens: Tensor) -> Tensor:
     """Log-probabilities [R, T, V] for inputs [R, T] (T a multiple of K), K words at a time, through `model.step` alone."""
     state, out = for_rows(model.start(memory), memory, tokens), []
     for previous in tokens.split(model.K, 1):
-        step = model.step(memory, state, previous)
+        step = model.step(memory, state, previous)                     # never sees `tokens` beyond `previous`
         state = step.state
         out.append(step.logp)
     return torch.cat(out, 1)
@@ -130,7 +132,7 @@ def unroll(model: Captioner, memory: Memory, tokens: Tensor) -> Tensor:
 def teacher_forcing(tokens: Tensor, vocab, K: int = 1) -> tuple[Tensor, Tensor]:
     """Inputs and targets [R, T] from tokens [R, L] (SOS, words, EOS, PAD): shifted by K, T = L - 1 rounded up to whole groups."""
     rows, length = tokens.shape
-    whole = -(-(length - 1) // K) * K
+    whole = -(-(length - 1) // K) * K                          # -(-a // K) rounds up
     inputs = torch.cat([tokens.new_full((rows, K - 1), vocab.sos), tokens], 1)[:, :whole]
     targets = torch.cat([tokens[:, 1:], tokens.new_full((rows, whole - length + 1), vocab.pad)], 1)
     return inputs, targets

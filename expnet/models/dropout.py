@@ -19,9 +19,10 @@ class Dropout(nn.Module):
         self.p, self.limit, self.inplace = p, min(round(p * 256), 255), inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """x with zeros in a share p of the places and the rest scaled up, in training; x itself in evaluation."""
+        """x of any shape with zeros in a share p of the places and the rest scaled up, in training; x itself in evaluation."""
         if not self.training or not self.limit: return x
         if x.device.type != "cpu": return F.dropout(x, self.limit / 256, True, self.inplace)
+        # from -2**63 with no upper end: all 64 bits are random, so all eight bytes are
         drawn = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None)
         keep = drawn.view(torch.uint8)[:x.numel()].view(x.shape) >= self.limit
         return (x.mul_(keep) if self.inplace else x * keep).mul_(256 / (256 - self.limit))   # masked_fill takes four times as long

@@ -54,7 +54,7 @@ class DynamicExpansion(nn.Module):
     def step(self, x: Tensor, past: Past, keep: Tensor) -> tuple[Tensor, Past]:
         """The newest words' rows: x [R, new, D], past [old, R, 4D], keep [1 or R, L, L] -> [R, new, D] and past [L, R, 4D]."""
         remembered, selector = self.project(x).split((4 * x.shape[-1], x.shape[-1]), -1)
-        past = past.append(remembered)
+        past = past.append(remembered)                                                    # the selector is for now, nobody asks for it later
         cond, key, a, b = past.kept.transpose(0, 1).chunk(4, -1)
         z, gate = self.scores(cond, key), torch.sigmoid(selector)
         positive, negative = (self.newest(F.relu(s), v, cond, keep, x.shape[1]) for s, v in ((z, a), (-z, b)))
@@ -71,14 +71,14 @@ class DynamicExpansion(nn.Module):
 # %% ../../nbs/models/19_dynamic_expansion.ipynb #shares
 def shares(block: DynamicExpansion, x: Tensor, past: Past, keep: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of `block.step` with the same arguments are made of: shares of the expansion vectors [B, new, E] and of the
-    words' values [B, new, L]. They sum to 1, or to less if a word has no likes or no dislikes."""
+    words' values [B, new, L], for x [B, new, D], past [old, B, 4D] and keep [1 or B, L, L]. They sum to 1, or to less if a word has no likes or no dislikes."""
     remembered, selector = block.project(x).split((4 * x.shape[-1], x.shape[-1]), -1)
     cond, key, _, _ = past.append(remembered).kept.transpose(0, 1).chunk(4, -1)
     z, gate = block.scores(cond, key), torch.sigmoid(selector).mean(-1, keepdim=True)
     expansion = words = 0
     for s, part in ((F.relu(z), gate), (F.relu(-z), 1 - gate)):
         back = s[..., -x.shape[1]:].permute(0, 3, 1, 2) * keep[:, -x.shape[1]:, :, None]
-        weight = normalise(back.flatten(2)).view_as(back)
+        weight = normalise(back.flatten(2)).view_as(back)                                 # (batch, t, s, expansion), as in `newest`
         expansion = expansion + part * weight.sum(2)
         words = words + part * torch.einsum("btse,bseu->btu", weight, normalise(s * keep[:, :, None]))
     return expansion, words

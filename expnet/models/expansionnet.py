@@ -38,6 +38,7 @@ class ExpansionNetConfig:
     K: int = 1                                                # words a step
 
     def __post_init__(self):
+        # a list, as JSON gives it, becomes a tuple; frozen classes allow no plain assignment
         object.__setattr__(self, "static", tuple(self.static))
         sizes = {name: value for name, value in vars(self).items() if name not in ("static", "dropout")}
         bad = [f"{name} {value!r}" for name, value in {**sizes, "static": min(self.static, default=0)}.items() if not value >= 1]
@@ -77,8 +78,10 @@ class CrossAttention(nn.Module):
 
     def weights(self, y: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """How words y [R, T, D] divide their attention: [B, heads, rows·words, N]; a picture without regions gets equal shares."""
+        # R rows of T words become B pictures of (R / B) · T queries: keys are not repeated for the rows
         query = self.split(self.query(y).reshape(keys.shape[0], -1, y.shape[-1]))
         scores = query @ keys.transpose(-1, -2) / sqrt(keys.shape[-1])
+        # the least finite number, not -inf: a row of -inf alone would give 0/0
         return scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min).softmax(-1)
 
 # %% ../../nbs/models/20_expansionnet.ipynb #FeedForward
@@ -178,7 +181,7 @@ class ExpansionNet(Captioner):
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         outputs = [self.dropout(self.input(x))]
         for layer in self.encoder: outputs.append(layer(outputs[-1], mask))
-        x = self.encoder_fusion(outputs[1:])
+        x = self.encoder_fusion(outputs[1:])                                          # outputs[0] is the input of the first layer
         return Memory(x, mask, [layer.cross.remember(x) for layer in self.decoder])
 
     def forward(self, memory: Memory, tokens: Tensor, real: Tensor | None = None) -> Tensor:
@@ -198,10 +201,12 @@ class ExpansionNet(Captioner):
         for layer, kv, past in zip(self.decoder, memory.cache, state):
             y, longer = layer.step(outputs[-1], past, keep, kv, memory.mask)
             outputs, pasts = [*outputs, y], [*pasts, longer]
+        # after the loop `layer`, `past` and `kv` are the last layer's, and outputs[-2] is what went into it
         aux = layer.maps(outputs[-2], past, keep, kv, memory.mask) if look else {}
         return Step(log_probabilities(self.head(self.decoder_fusion(outputs[1:]))), pasts, aux)
 
 # %% ../../nbs/models/20_expansionnet.ipynb #init-weights
 def init_weights(module: nn.Module) -> None:
     """Xavier-uniform weights for a plain linear layer or table; other modules stay as they are."""
+    # `type`, not isinstance: FusedLinear is a Linear, too, and has drawn its own
     if type(module) in (Linear, nn.Embedding): nn.init.xavier_uniform_(module.weight)

@@ -20,8 +20,10 @@ def has_onednn() -> bool:
 
 # %% ../../nbs/models/13_linear.ipynb #takes-onednn
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN may multiply `x` and `weight`: on a CPU, float32 or, without gradient, bfloat16, large, nothing recorded."""
+    """Whether oneDNN may multiply `x` [..., in] and `weight` [out, in]: on a CPU, float32 or, without gradient, bfloat16, large, nothing recorded."""
+    # whoever records or rewrites the network must meet torch's own layer, not an operator that nobody else knows
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"): return False
+    # x has rows · in numbers; times `out` that is how many multiplications there are
     if x.device.type != "cpu" or x.dtype != weight.dtype or x.numel() * len(weight) < 2**21 or not has_onednn(): return False
     half = x.dtype == torch.bfloat16 and not wants_gradient(x, weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (x.dtype == torch.float32 or half) and torch.backends.mkldnn.enabled
@@ -33,8 +35,9 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 # %% ../../nbs/models/13_linear.ipynb #onednn
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """x [..., in] times weight [out, in], plus bias, by oneDNN's operator; `weight` may lie in memory as it likes."""
+    """x [..., in] times weight [out, in], plus bias [out]: [..., out], by oneDNN's operator; `weight` may lie in memory as it likes."""
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        # with gaps between its rows the product would take five hundred times as long as this copy
         weight = weight.contiguous() if weight.stride(1) == 1 else weight.T.contiguous().T
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
 
@@ -48,6 +51,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # `linear`, not `onednn`: it is quick, too, and autograd can follow it, so that gradients have gradients
         (x, weight), (to_x, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
         return (linear(slope, weight.T) if to_x else None, linear(slope.T, x.T) if to_weight else None, slope.sum(0) if to_bias else None)
 
@@ -70,7 +74,7 @@ class Linear(nn.Linear):
 
 # %% ../../nbs/models/13_linear.ipynb #matmul
 class Products(torch.autograd.Function):
-    """a @ b for stacks of large matrices, a pair at a time by oneDNN, on the way back too."""
+    """a [B, M, K] @ b [B, K, N] for stacks of large matrices, a pair at a time by oneDNN, on the way back too."""
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
@@ -84,4 +88,5 @@ class Products(torch.autograd.Function):
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [B, M, K] times b [B, K, N], pair by pair: [B, M, N]; a @ b, by the quicker library."""
+    # asked for one pair alone, [1, M, K] and [N, B, K]: if that is too small, a stack of such pairs is left to torch
     return Products.apply(a, b) if takes_onednn(a[:1], b.movedim(-1, 0)) else a @ b

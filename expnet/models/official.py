@@ -47,7 +47,8 @@ def published(name: str) -> list[str]:
     if name.startswith(TRUNK): return [SWIN + name.removeprefix(TRUNK)]
     part, _, kind = name.rpartition(".")
     if part in WHOLE: return [f"{WHOLE[part]}.{kind}"]
-    side, layer, rest = name.split(".", 2)
+    side, layer, rest = name.split(".", 2)                     # encoder . 0 . static.query
+    # tables have no kind (weight, bias) in our name and are found whole
     if rest in LAYER: return [f"{side}s.{layer}.{LAYER[rest][0]}"]
     part, _, kind = rest.rpartition(".")
     return [f"{side}s.{layer}.{theirs}.{kind}" for theirs in LAYER[part]]
@@ -56,6 +57,7 @@ def published(name: str) -> list[str]:
 SIZES = {"features": (r"input_linear\.weight", 1), "dim": (r"(en|de)coders\.\d+\.norm_\d\.weight", 0),
          "feed_forward": (r"(en|de)coders\.\d+\.ff\.linear_1\.bias", 0),
          "dynamic": (r"decoders\.\d+\.dyn_exp\.(query|bias)_exp_vectors\.weight", 0), "max_len": (r"pos_encoder\.weight", 0)}
+# pattern and axis, as above, but not among the sizes: a check of the groups, and the number of words
 STATIC = (r"encoders\.\d+\.stc_exp\.(query|bias)_exp_vectors\.weight", 0)
 WORDS = (r"vocab_linear\.(weight|bias)|out_embedder\.embed\.weight", 0)
 
@@ -83,11 +85,13 @@ def read_swin(tensors: Mapping[str, Tensor]) -> Backbone:
     """The backbone with the sizes of the published Swin in `tensors` (names without prefix), random weights, the published preprocessing."""
     table = r"blocks\.\d+\.attn\.relative_position_bias_table"
     stages = count(tensors, "layers")
+    # (2w - 1)² rows of the table, solved for w
     window = (1 + isqrt(seen(tensors, rf"layers\.\d+\.{table}", 0) or 1)) // 2
     heads = tuple(seen(tensors, rf"layers\.{s}\.{table}", 1) or 1 for s in range(stages))
     dim, patch = (seen(tensors, r"patch_embed\.proj\.weight", axis) or 4 for axis in (0, 2))
     windows = seen(tensors, r"layers\.0\.blocks\.\d+\.attn_mask", 0)
     same = SwinConfig(patch * 2**(stages - 1) * window, dim, tuple(count(tensors, rf"layers\.{s}\.blocks") for s in range(stages)), heads, window, patch)
+    # `same` has the fewest pixels that its windows allow: how many there are only the masks tell, below
     name = next((name for name, known in SWINS.items() if {**vars(known), "size": same.size} == vars(same)), None)
     if not name: raise UserError(f"its Swin has unknown sizes {same}; known are {', '.join(SWINS)}")
     return make_backbone(f"swin/{name}", None, windows and patch * window * isqrt(windows))
@@ -216,6 +220,7 @@ def transfer(model: ExpansionNet, vocab: Vocab, max_len: int | None = None) -> t
     mine, theirs = (torch.tensor(v.ids(shared)) for v in (vocab, model.vocab))
     places = min(config.max_len, model.config.max_len)
     for name, x in fresh.state_dict().items():
+        # state_dict hands out the model's own storage, so writing here sets the weights
         if name in ROWS: x[mine] = old[name][theirs]
         elif name == "words.position.weight": x[:places] = old[name][:places]
         elif not name.startswith("backbone."): x.copy_(old[name])

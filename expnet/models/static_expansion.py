@@ -51,7 +51,7 @@ class StaticExpansion(nn.Module):
         z = self.dropout(linear(key, self.query))                                     # (batch, regions, vectors)
         gate, path = torch.sigmoid(selector), self.path if self.training else self.short_path
         likes, dislikes = path(F.relu(z), a), path(F.relu(-z), b)
-        return dislikes + gate * (likes - dislikes)
+        return dislikes + gate * (likes - dislikes)                                   # s · likes + (1 - s) · dislikes, a product less
 
     def path(self, z: Tensor, values: Tensor) -> Tensor:
         """Forward and backward through one sign of the scores: z [B, N, M] >= 0, values [B, N, D] -> [B, N, D]."""

@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/models/16_swin.ipynb #merge-order
 def merge_order(height: int, width: int, window: int) -> Tensor:
-    """Row-major places of a grid, each 2 × 2 (first column down, then second) side by side, the fours in window order."""
+    """Row-major places [height · width] of a grid, each 2 × 2 (first column down, then second) side by side, the fours in window order."""
     fours = torch.arange(height * width).view(height // 2, 2, width // 2, 2).permute(0, 2, 3, 1).reshape(-1, 4)
     return fours[window_order(height // 2, width // 2, window)].flatten()
 
@@ -71,11 +71,12 @@ class Routes(nn.Module):
     def __init__(self, grid: tuple[int, int], window: int, depth: int, last: bool):
         super().__init__()
         self.grid = grid
-        half = window // 2 if min(grid) > window else 0
+        half = window // 2 if min(grid) > window else 0        # a grid of one window has nothing to shift
         plain, shifted = window_order(*grid, window), window_order(*grid, window, half)
         then = torch.arange(len(plain)) if last else merge_order(*grid, window)
         routes = {"shift": reorder(plain, shifted), "back": reorder(shifted, plain),
                   "leave": reorder(plain if depth % 2 else shifted, then), "mask": shift_mask(*grid, window, half) if half else None}
+        # not stored with the weights: the sizes alone decide them
         for name, value in routes.items(): self.register_buffer(name, value, persistent=False)
 
 # %% ../../nbs/models/16_swin.ipynb #Stage
@@ -91,10 +92,12 @@ class Stage(nn.Module):
         self.routes = Routes(grid, **self.how)
 
     def forward(self, x: Tensor, grid: tuple[int, int], checkpointing: bool = False) -> Tensor:
+        """Patches x [B, N, dim] of a `grid` of N places; checkpointing computes each block a second time for its gradient."""
+        # another grid than the configured one gets routes for this call; `to` leaves indices whole numbers
         routes = self.routes if grid == self.routes.grid else Routes(grid, **self.how).to(x)
         for i, block in enumerate(self.blocks):
             if i and routes.mask is not None: x = x.index_select(1, routes.shift if i % 2 else routes.back)
-            mask = routes.mask if i % 2 else None
+            mask = routes.mask if i % 2 else None                      # plain windows hold true neighbours only
             x = checkpoint(block, x, mask, use_reentrant=False) if checkpointing else block(x, mask)
         return self.downsample(x.index_select(1, routes.leave))
 
@@ -155,16 +158,18 @@ class Swin(nn.Module):
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
         c, side, stages = config, config.size // config.patch, len(config.depths)
+        # on the CPU even if the model is made on the device meta, which has no numbers to list
         rates = torch.linspace(0, c.drop_path, sum(c.depths), device="cpu").tolist()
         self.patch_embed = PatchEmbed(c.dim, c.patch)
         self.layers = nn.ModuleList(
             Stage(c.dim * 2**s, c.heads[s], c.window, (side >> s, side >> s), rates[sum(c.depths[:s]):][:c.depths[s]], s == stages - 1)
-            for s in range(stages))
+            for s in range(stages))                           # side >> s: halved s times
         self.norm = nn.LayerNorm(c.width)
         self.register_buffer("enter", window_order(side, side, c.window), persistent=False)
         self.apply(start_weights)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Regions [B, N, width] of pictures [B, 3, H, W] whose sides the windows divide; UserError for others."""
         self.config.check(*images.shape[2:])
         rows, columns = (side // self.config.patch for side in images.shape[2:])
         own = rows == columns == self.config.size // self.config.patch
@@ -194,6 +199,7 @@ def from_timm(state: dict[str, Any]) -> dict[str, Any]:
 def as_published(state: dict[str, Any]) -> dict[str, Any]:
     """The entries of a Swin in Microsoft's, ExpansionNet's or timm's file under Microsoft's names."""
     inside = {n.removeprefix("swin_transf."): w for n, w in state.items() if n.startswith("swin_transf.")} or dict(state)
+    # timm has no merger in its first stage, the others none in their last
     merges_first = "layers.0.downsample.norm.weight" not in inside and "layers.1.downsample.norm.weight" in inside
     return from_timm(inside) if merges_first else inside
 
@@ -202,6 +208,7 @@ def published_buffers(config: SwinConfig) -> dict[str, Tensor]:
     """What published files hold beside the weights: each block's `relative_position_index`, each shifted block's `attn_mask`."""
     found = {}
     for s, b in ((s, b) for s, depth in enumerate(config.depths) for b in range(depth)):
+        # (size / patch) >> s: the division comes before the shift
         side, block = config.size // config.patch >> s, f"layers.{s}.blocks.{b}."
         found[block + "attn.relative_position_index"] = relative_index(config.window)
         if b % 2 and side > config.window: found[block + "attn_mask"] = shift_mask(side, side, config.window, config.window // 2)

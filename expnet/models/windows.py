@@ -14,21 +14,21 @@ from .linear import Linear
 
 # %% ../../nbs/models/15_windows.ipynb #window-order
 def window_order(height: int, width: int, window: int, shift: int = 0) -> Tensor:
-    """Row-major places [height · width] of a grid, window after window, after a cyclic shift up and left by `shift`."""
+    """Row-major places [height · width] (whole numbers) of a grid, window after window, after a cyclic shift up and left by `shift`."""
     places = torch.arange(height * width).view(height, width).roll((-shift, -shift), (0, 1))
     return places.view(height // window, window, width // window, window).transpose(1, 2).flatten()
 
 # %% ../../nbs/models/15_windows.ipynb #reorder
 def reorder(now: Tensor, then: Tensor) -> Tensor:
-    """The index that takes a list from the order `now` to the order `then`: x_then = x_now[reorder(now, then)]."""
+    """The index [N] that takes a list from the order `now` [N] to the order `then` [N]: x_then = x_now[reorder(now, then)]."""
     return now.argsort()[then]
 
 # %% ../../nbs/models/15_windows.ipynb #shift-mask
 def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
     """Mask [windows, area, area] of shifted windows, area = window²: 0 where two places are true neighbours, else -100."""
-    wrapped = torch.zeros(height, width)
+    wrapped = torch.zeros(height, width)                       # the grid as it lies after the shift
     wrapped[height - shift:] += 1
-    wrapped[:, width - shift:] += 2
+    wrapped[:, width - shift:] += 2                            # 1 and 2, so that the corner, 3, differs from both
     label = wrapped.flatten()[window_order(height, width, window)].view(-1, window**2)
     return torch.where(label[:, :, None] == label[:, None], 0.0, -100.0)
 
@@ -36,6 +36,7 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> Tensor:
 def relative_index(window: int) -> Tensor:
     """Row of the bias table for each pair of places in a window: [area, area], from the first place to the second."""
     down, right = torch.arange(window**2) // window, torch.arange(window**2) % window
+    # both distances begin at -(window - 1); moved to zero, they are the row and the column of the table
     return (down[:, None] - down + window - 1) * (2 * window - 1) + right[:, None] - right + window - 1
 
 # %% ../../nbs/models/15_windows.ipynb #attend
@@ -45,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor, piece: int = 48) -> T
     if not exporting and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added[None])
     if not exporting and q.shape[0] * q.shape[1] > piece:
-        axis = 0 if len(q) > 1 else 1
+        axis = 0 if len(q) > 1 else 1                          # pictures first; the heads take their biases along
         biases = added.chunk(2) if axis else (added, added)
         halves = zip(*(part.chunk(2, axis) for part in (q, k, v)), biases, strict=True)
         return torch.cat([attend(*half, piece) for half in halves], axis)
@@ -69,7 +70,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Patches x [B, N, dim]; mask [N / area, area, area] is added to the scores of each window, None adds nothing."""
-        windows = 1 if mask is None else len(mask)
+        windows = 1 if mask is None else len(mask)                                              # 1: all windows are alike and join the batch
         added = self.bias() if mask is None else (self.bias() + mask[:, None]).flatten(0, 1)    # (windows · heads, area, area)
         parts = self.qkv(x).view(-1, windows, self.area, 3, self.heads, x.shape[-1] // self.heads)
         parts = parts.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)                                   # (3, .., windows · heads, area, d)
