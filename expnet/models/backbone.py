@@ -111,8 +111,7 @@ class Backbone(nn.Module):
         for part in reversed(there):
             if not last: break
             part.requires_grad_(True)
-            # a norm or a bias alone, of one axis, comes along and is not counted
-            last -= any(p.ndim > 1 for p in part.parameters())
+            last -= any(p.ndim > 1 for p in part.parameters())         # a norm alone, weights of one axis, is not counted
         return self
 
     def train(self, mode: bool = True) -> "Backbone":
