@@ -124,23 +124,23 @@ def show_saying(picture, said: Sequence[str], heard: Sequence[str], maps: Mappin
     attention, words, expansion = (as_array(maps[name])[:len(said)] for name in ("attention", "words", "expansion"))
     parts = np.concatenate([lit(picture, weights) for weights in attention]), words[:, :len(heard)], expansion
     names, widths = ([], heard, [str(e) for e in range(expansion.shape[1])]), [1, 0.6 * len(heard), 0.6 * expansion.shape[1]]
-    figure, axes = plt.subplots(1, 3, figsize=(size * sum(widths) + 1.6, size * len(said) + 1.2), width_ratios=widths, sharey=True, layout="constrained", dpi=60)
+    figure, axes = plt.subplots(1, 3, figsize=(size * sum(widths) + 1.8, size * len(said) + 1.5), width_ratios=widths, sharey=True, layout="constrained", dpi=60)
     for ax, cells, wide, columns, label in zip(axes, parts, widths, names, ("looks at", "hears the values of", "uses the rows")):
         ax.imshow(cells, cmap="Blues", vmin=0, extent=(0, wide, len(said), 0), interpolation="nearest")
         turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if columns is heard else {}
-        ax.set_xticks(0.6 * np.arange(len(columns)) + 0.3, columns, fontsize=8, **turned)
-        ax.set_title(label, fontsize=8)
+        ax.set_xticks(0.6 * np.arange(len(columns)) + 0.3, columns, fontsize=10, **turned)
+        ax.set_title(label, fontsize=10)
         ax.tick_params(axis="y", length=0)
-    axes[0].set_yticks(np.arange(len(said)) + 0.5, said, fontsize=8)
+    axes[0].set_yticks(np.arange(len(said)) + 0.5, said, fontsize=10)
     axes[0].hlines(range(1, len(said)), 0, 1, color="white", linewidth=1)      # tiles of dark pictures run into each other
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=11)
     finish(figure).canvas.colours = 144                        # many small noisy tiles: a smaller file
     return figure
 
 # %% ../nbs/01_plot.ipynb #show-word
 def show_word(picture, attention, heard: Sequence[tuple[str, float]], expansion, title: str = "", size: float = 2.2) -> Figure:
     """Draw one word: `picture` under its attention [N], its shares of the words `heard` (word, share) and of the expansion rows [E]."""
-    figure, axes = plt.subplots(1, 3, figsize=(3.4 * size, size), width_ratios=(4, 5, 2), layout="constrained", dpi=60)
+    figure, axes = plt.subplots(1, 3, figsize=(3.4 * size, size), width_ratios=(4, 5, 2), layout="constrained")
     axes[0].imshow(lit(picture, attention), interpolation="nearest")
     axes[0].axis("off")
     shares, rows = [float(share) for _, share in heard], as_array(expansion)
