@@ -1,8 +1,9 @@
 """The published sizes with random weights as ONNX: `python tests/full_size_onnx.py FOLDER` exports, runs and measures.
 
-Prints JSON: CPU seconds, peak memory (GiB) and file sizes (MB) of each export, every one in a process of its own; then CPU seconds of one
-picture, beam 5, 20 tokens, one thread, in one process and in turns: plain torch that computes everything anew for each word, as published, this
-package in torch, and ONNX Runtime with each of the files."""
+Prints JSON: CPU seconds, peak memory (GiB) and file sizes (MB) of each export, every one in a process of its own; the peak memory of one caption
+by ONNX Runtime with each of the files, again in processes of their own; then CPU seconds of one picture, beam 5, 20 tokens, one thread, in one
+process and in turns: plain torch that computes everything anew for each word, as published, this package in torch, and ONNX Runtime with each of
+the files. The files stay in FOLDER, where tests/test_tensorrt.py hands them to NVIDIA's parser if EXPNET_FULL_SIZE names it."""
 import json
 import resource
 import subprocess
@@ -55,7 +56,14 @@ def write_onnx(folder: Path, precision: str) -> dict:
         one_call(encoder, **{part: folder / "fp32" / f"{part}.onnx" for part in ("beam_step", "begin", "finish")}, path=to / "caption.onnx")
         check = {}
     spent = time.process_time() - began
+    if precision in ("fp32", "fp16"): export(load(folder / "model"), to, Beam(5), precision=precision, graphs=("step",))     # for TensorRT only
     return {"seconds": round(spent, 1), "MB": {path.name: round(path.stat().st_size / 1e6) for path in to.iterdir()}, **check}
+
+
+def caption_alone(folder: Path, precision: str) -> dict:
+    """One caption in ONNX Runtime and nothing else, so that the peak memory of this process is that of a program that captions."""
+    pixels = pixels_of(folder / "photo.jpg", Preprocess(384))
+    return {"words": int((Run(folder / precision / "caption.onnx")(pixels=pixels)["logp"][0, 0] != 0).sum())}
 
 
 def compare(folder: Path, turns: int = 2) -> dict:
@@ -71,7 +79,7 @@ def compare(folder: Path, turns: int = 2) -> dict:
         with torch.no_grad(): x = ((pixels.float() / 255 - encoder.mean) / encoder.std).permute(0, 3, 1, 2)
         with torch.no_grad(): return decode(captioner, captioner.encode(x), Beam(5), 20, [words_only(model.vocab)]).tokens
     ways = {"published": published, "torch": lambda: say(model)}
-    for name in ("fp32", "int8"):
+    for name in PRECISIONS:
         run = Run(folder / name / "caption.onnx")
         ways[name] = lambda run=run: run(pixels=pixels)["tokens"]
     spent, said = {name: [] for name in ways}, {}
@@ -82,14 +90,14 @@ def compare(folder: Path, turns: int = 2) -> dict:
             if turn: spent[name].append(time.process_time() - began)          # the first turn warms up
     alike = lambda a, b: all(x == y for x, y in zip(said[a][0, 0].tolist(), said[b][0, 0].tolist()))
     seconds = {name: round(median(values), 3) for name, values in spent.items()}
-    return seconds | {"alike": {f"{a} {b}": alike(a, b) for a, b in (("published", "torch"), ("torch", "fp32"), ("fp32", "int8"))}}
+    return seconds | {"alike": {f"{a} {b}": alike(a, b) for a, b in (("published", "torch"), ("torch", "fp32"), ("fp32", "fp16"), ("fp32", "int8"), ("fp32", "qdq"))}}
 
 
 def measure(folder: Path) -> dict:
     """All figures, each step in a process of its own."""
     write(folder)
     found = {}
-    for step in (*PRECISIONS, "compare"):
+    for step in (*PRECISIONS, *(f"caption-{name}" for name in PRECISIONS), "compare"):
         done = subprocess.run([sys.executable, __file__, str(folder), step], check=True, stdout=subprocess.PIPE, text=True)
         found[step] = json.loads(done.stdout)
     return found
@@ -98,8 +106,8 @@ def measure(folder: Path) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, step = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "measure"
-    if step in PRECISIONS:
-        result = write_onnx(folder, step)
+    if step.removeprefix("caption-") in PRECISIONS:
+        result = write_onnx(folder, step) if step in PRECISIONS else caption_alone(folder, step.removeprefix("caption-"))
         result["peak GiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)      # Linux counts in KiB
     else: result = {"measure": measure, "compare": compare, "write": write}[step](folder)
     print(json.dumps(result))

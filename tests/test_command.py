@@ -3,12 +3,22 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import onnx
 import pytest
 from PIL import Image
 
+from expnet.cli.export import calibration_pictures
+from expnet.data.captions import Vocab
 from expnet.data.shapes import record
+from expnet.deploy.tensorrt import cannot_try
+from expnet.models.backbone import make_backbone
+from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
+from expnet.tools import seed_all
+from expnet.train.checkpoints import save_model
 
 
 def expnet(*words, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess:
@@ -16,6 +26,12 @@ def expnet(*words, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess:
     done = subprocess.run([sys.executable, "-c", "from expnet.cli.app import main; main()", *map(str, words)], cwd=cwd, capture_output=True, text=True)
     assert not ok or done.returncode == 0, done.stderr
     return done
+
+
+def one_line(done: subprocess.CompletedProcess, expected: str) -> None:
+    """The command failed, and told why in one line."""
+    assert done.returncode == 2
+    assert done.stderr.startswith("expnet: ") and done.stderr.count("\n") == 1 and expected in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +74,53 @@ def test_own_captions_to_captions_of_files(folder):
     (["features", "nothing-here", "--backbone", "shapes"], "nothing-here"),
 ])
 def test_a_mistake_is_one_line_that_names_it(folder, words, expected):
-    done = expnet(*words, cwd=folder, ok=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("expnet: ") and done.stderr.count("\n") == 1 and expected in done.stderr
+    one_line(expnet(*words, cwd=folder, ok=False), expected)
 
 
 def test_help_lists_the_commands_in_their_order(folder):
     shown = expnet("--help", cwd=folder).stdout
     places = [shown.index(f" {name} ") for name in ("prepare", "features", "train", "evaluate", "caption", "quickstart")]
     assert places == sorted(places)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Path:
+    """A small model with the backbone of the drawn world, untrained."""
+    seed_all(0)
+    eye, words = make_backbone("shapes"), Vocab(["EOS", "PAD", "SOS", "UNK", *"abcdefgh"])
+    config = replace(ExpansionNetConfig.preset("tiny", eye.dim), encoder_layers=1, decoder_layers=1, max_len=8)
+    save_model(folder / "small", ExpansionNet(config, words, eye).eval())
+    return folder / "small"
+
+
+def test_qdq_is_calibrated_on_a_data_folder_and_tensorrt_is_asked_without_a_gpu(folder, model):
+    """The validation pictures of a data folder calibrate; `expnet trt` says in one line what is missing, or builds."""
+    expnet("prepare", "held", "captions.csv", "--images", "photos", "--val", "0.2", "--min-count", "2", cwd=folder)
+    said = expnet("export", "small", "--out", "qdq", "--precision", "qdq", "--calibration", "held", "--beam", "2", "--max-len", "6", cwd=folder).stdout
+    assert "token for token" in said and json.loads((folder / "qdq" / "config.json").read_text())["precision"] == "qdq"
+    nodes = {node.op_type for node in onnx.load(folder / "qdq" / "encoder.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
+    done = expnet("trt", "qdq", "--check", cwd=folder, ok=not cannot_try())
+    if cannot_try(): one_line(done, f"cannot try without a GPU: {cannot_try()}")
+    else: assert done.stdout.count(": 0 errors, ") == 2
+    if not find_spec("tensorrt"): one_line(expnet("trt", "qdq", cwd=folder, ok=False), "TensorRT is not installed")
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--precision", "qdq"], "needs pictures for its calibration: --calibration FOLDER"),
+    (["--precision", "fp16", "--calibration", "photos"], "'fp16': nothing to calibrate"),
+    (["--precision", "qdq", "--calibration", "empty"], "empty: no picture files in it"),
+])
+def test_a_calibration_that_cannot_be_is_refused_before_the_old_artefact_is_touched(folder, model, options, expected):
+    (folder / "empty").mkdir(exist_ok=True)
+    (folder / "old").mkdir(exist_ok=True)
+    (folder / "old" / "config.json").write_text('{"format": 1}')
+    one_line(expnet("export", "small", "--out", "old", *options, cwd=folder, ok=False), expected)
+    assert (folder / "old" / "config.json").exists()
+
+
+def test_calibration_pictures_are_taken_evenly_and_only_if_they_can_be_read(folder):
+    names = lambda found: [int(Path(path).stem[-3:]) for path in found]
+    assert names(calibration_pictures(str(folder / "photos"))) == [i for i in range(30) if i != 7]         # the seventh is broken
+    assert names(calibration_pictures(str(folder / "photos"), most=10)) == list(range(0, 30, 3))
+    assert len(calibration_pictures(str(folder / "photos"), most=1)) == 1

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Precision', 'drawn_pictures', 'golden_captions', 'make_artefact', 'make_room', 'agreeing', 'settings',
-           'export_command', 'verify_command']
+           'calibration_pictures', 'readable', 'calibration_for', 'export_command', 'verify_command', 'trt_command',
+           'try_graphs']
 
 # %% ../../nbs/deploy/81_export_command.ipynb #imports
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -18,14 +19,17 @@ import numpy as np
 import torch
 import typer
 
-from .app import ModelFolder, app, console
+from .app import ModelFolder, Positive, app, console
+from ..data.captions import load_items, of_split
+from ..data.images import BadImage
 from ..data.pictures import Picture, named_pictures, rgb_of
 from ..data.shapes import record
 from ..decode.rules import words_only
 from ..decode.search import Beam, decode
-from ..deploy.artefact import is_artefact, members, write_artefact
-from ..deploy.export import export
+from ..deploy.artefact import is_artefact, members, open_folder, write_artefact
+from ..deploy.export import PRECISIONS, export
 from ..deploy.runtime import Found, Session, first_difference, host_loop, verify
+from ..deploy.tensorrt import RANGES, cannot_try, engines_of, try_without_gpu
 from ..models.captioner import Captioner
 from ..tools import UserError
 from ..train.checkpoints import load
@@ -84,21 +88,47 @@ def settings(model: Captioner, facts: dict[str, Any], how: Beam, max_len: int, p
             "agrees with torch": agree, "versions": versions, "opset": facts["opset"], "check": facts["check"]}
 
 # %% ../../nbs/deploy/81_export_command.ipynb #commands
-Precision = Enum("Precision", {name: name for name in ("fp32", "fp16", "int8")}, type=str)
+def calibration_pictures(where: str, most: int = 64) -> list[Picture]:
+    """At most `most` pictures, evenly taken from a data folder (of its "val" split, if there is one) or from a file, folder or pattern.
+
+    Files that cannot be read are left out; UserError if none is left."""
+    items = Path(where) / "items.jsonl"
+    every = load_items(items) if items.exists() else []
+    found = [item.path for item in of_split(every, "val") or every] if every else [picture for _, picture in named_pictures(where)]
+    good = [picture for picture in found[::max(1, -(-len(found) // most))] if readable(picture)]
+    if not good: raise UserError(f"{where}: no pictures for the calibration")
+    return good
+
+def readable(picture: Picture) -> bool:
+    """Whether `picture` can be read. Asked before an export begins, because it takes away the artefact that was there."""
+    try: rgb_of(picture, str(picture))
+    except BadImage: return False
+    return True
+
+def calibration_for(precision: str, where: str | None) -> list[Picture] | None:
+    """The pictures that `precision` is calibrated on; UserError, before anything is written, if they are missing or not wanted."""
+    if precision == "qdq" and not where: raise UserError("precision 'qdq': needs pictures for its calibration: --calibration FOLDER")
+    if precision != "qdq" and where: raise UserError(f"precision {precision!r}: nothing to calibrate; --calibration is for qdq")
+    return calibration_pictures(where) if where else None
+
+# %% ../../nbs/deploy/81_export_command.ipynb #004ec5cc
+Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 
 @app.command("export")
 def export_command(model: ModelFolder, out: Annotated[Path, typer.Option(help="The artefact folder to write.")],
-                   precision: Annotated[Precision, typer.Option(help="Of the graphs: int8 is for processors, fp16 for GPUs.")] = Precision.fp32,
+                   precision: Annotated[Precision, typer.Option(help="Of the graphs: int8 is for processors, fp16 for GPUs, qdq for TensorRT.")] = Precision.fp32,
                    beam: Annotated[int, typer.Option(min=1, help="Beam size; it is fixed in the graphs.")] = 5,
                    n_best: Annotated[int, typer.Option(min=1, help="Captions a picture, at most the beam size.")] = 1,
                    max_len: Annotated[int, typer.Option(min=2, help="Longest caption, SOS and EOS counted.")] = 20,
                    one_call: Annotated[bool, typer.Option("--one-call", help="Also write caption.onnx: pixels to words in one call.")] = False,
                    golden: Annotated[str, typer.Option(help="Pictures for the proof: a file, folder or pattern. [default: drawn scenes]")] = None,
+                   calibration: Annotated[str, typer.Option(help="For qdq: pictures that ranges are measured on: a data folder, or a file, folder or pattern.")] = None,
                    as_original: Annotated[bool, typer.Option(help="Search as the published code does.")] = False) -> None:
     """Write a model as an artefact: graphs, words, settings, proof, and a program that runs without torch."""
     how = Beam(beam, n_best, style="official" if as_original else "pool")
     pictures = [picture for _, picture in named_pictures(golden)] if golden else ()
-    for line in make_artefact(load(model), out, how, max_len, precision.value, one_call, pictures): console.print(line)
+    examples = calibration_for(precision.value, calibration)
+    for line in make_artefact(load(model), out, how, max_len, precision.value, one_call, pictures, examples): console.print(line)
     size = sum(path.stat().st_size for path in members(out))
     console.print(f"written: {out}, {size / 1e6:.1f} MB. Anywhere: pip install -r {out}/requirements.txt; python {out}/caption.pyz PICTURE")
 
@@ -106,3 +136,26 @@ def export_command(model: ModelFolder, out: Annotated[Path, typer.Option(help="T
 def verify_command(artefact: Annotated[Path, typer.Argument(help="An artefact folder, as written by export.")]) -> None:
     """Check that an artefact is whole and says here what it said where it was made."""
     for line in verify(artefact): console.print(line)
+
+# %% ../../nbs/deploy/81_export_command.ipynb #fc87a2ae
+@app.command("trt")
+def trt_command(artefact: Annotated[Path, typer.Argument(help="An artefact folder, as written by export.")],
+                batch_size: Positive = 8,
+                engines: Annotated[Path, typer.Option(help="Where engines are kept. [default: ARTEFACT/engines]")] = None,
+                check: Annotated[bool, typer.Option("--check", help="Try the graphs without a GPU and keep nothing (needs expnet[trt-check]).")] = False) -> None:
+    """Build the TensorRT engines of an artefact for this computer's GPU, or try without one whether they can be built."""
+    opened = open_folder(artefact)
+    if check: try_graphs(opened.graphs, batch_size)
+    else: engines_of(opened, engines or artefact / "engines", batch_size, console.print)
+
+def try_graphs(graphs: Mapping[str, Path], most: int) -> None:
+    """Print what NVIDIA's parser and builder make of each of `graphs` (name -> file); UserError names those that are refused."""
+    if reason := cannot_try(): raise UserError(f"cannot try without a GPU: {reason}")
+    refused = []
+    for name, path in graphs.items():
+        try: made = try_without_gpu(path, {**RANGES, "batch": (1, 1, most)})
+        except UserError as error:
+            refused.append(name)
+            console.print(str(error))
+        else: console.print(f"{name}: 0 errors, {made['layers']:,} layers, an engine of {made['bytes'] / 1e6:.1f} MB, {made['seconds']:.1f} CPU seconds")
+    if refused: raise UserError(f"TensorRT takes {len(graphs) - len(refused)} of {len(graphs)} graphs, not {', '.join(refused)}")

@@ -43,7 +43,8 @@ def quantise(path: str | Path, to: str | Path, pixels: Sequence[Tensor] | None =
     products = backbone_products(path)
     if not products: raise UserError(f"{path}: no operator multiplies by weights of a backbone")
     common = dict(nodes_to_quantize=products, per_channel=True, weight_type=QuantType.QInt8)
-    static = {"ActivationSymmetric": True, "WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Conv"]}
+    static = {"ActivationSymmetric": True, "WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Conv"],
+              "QuantizeBias": False}                         # it would be written as int32, which TensorRT refuses
     logging.disable(logging.WARNING)                          # it advises to change the graph first, which would lose where nodes come from
     try:
         if pixels is None: quantize_dynamic(path, to, **common)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'RANGES', 'PLUGINS', 'TRY', 'library', 'profile_of', 'Plan', 'build', 'profile', 'kept', 'cannot_try',
-           'lay_out', 'try_without_gpu', 'on_gpu', 'Engine', 'Bound', 'recorded', 'Loop', 'TensorRT']
+           'lay_out', 'try_without_gpu', 'on_gpu', 'Engine', 'Bound', 'recorded', 'Loop', 'engines_of', 'TensorRT']
 
 # %% ../../nbs/deploy/72_tensorrt.ipynb #imports
 import json
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .artefact import digest, open_folder
+from .artefact import Artefact, digest, open_folder
 from .runtime import KINDS, Deployed, Found, chosen, first_values
 from ..tools import UserError, whole_file
 
@@ -100,17 +100,18 @@ def lay_out(folder: Path) -> None:
 
 # %% ../../nbs/deploy/72_tensorrt.ipynb #cpu-try
 TRY = """
-import json, sys, tensorrt_bindings
+import json, sys, time, tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings
 from expnet.deploy.tensorrt import build
 from expnet.tools import UserError
 try: plan = build(sys.argv[1], json.loads(sys.argv[2]))
 except UserError as error: print(json.dumps({"refused": str(error)}))
-else: print(json.dumps({"layers": plan.layers, "bytes": len(plan.engine)}))
+else: print(json.dumps({"layers": plan.layers, "bytes": len(plan.engine), "seconds": time.process_time()}))
 """
 
-def try_without_gpu(path: str | Path, ranges: Mapping[str, tuple[int, int, int]] = RANGES) -> dict[str, int]:
-    """How many "layers" NVIDIA's parser made of the graph `path`, and how many "bytes" its engine has, built on the processor.
+def try_without_gpu(path: str | Path, ranges: Mapping[str, tuple[int, int, int]] = RANGES) -> dict[str, float]:
+    """How many "layers" NVIDIA's parser made of the graph `path`, how many "bytes" its engine has, built on the processor, and how
+    many CPU "seconds" that took, the start of the process included.
 
     UserError: what was refused, or why it could not be tried."""
     if reason := cannot_try(): raise UserError(reason)
@@ -197,17 +198,28 @@ class Loop:
         return chosen({name: x.cpu().numpy() for name, x in self.step.outputs.items() if "past" not in name}, pad)
 
 # %% ../../nbs/deploy/72_tensorrt.ipynb #TensorRT
+def engines_of(artefact: Artefact, place: Path, most: int = 8, tell: Callable[[str], Any] = lambda line: None) -> dict[str, bytes]:
+    """The engines "encoder" and "beam_step" of `artefact` for this GPU and up to `most` pictures at a time, kept in the folder `place`.
+
+    tell: is given a line before an engine is built and one when it is there."""
+    trt, gpu = library(), on_gpu().cuda.get_device_properties(0)
+    ranges, made = {**RANGES, "batch": (1, 1, most)}, {}
+    facts = [gpu.name, gpu.major, gpu.minor, trt.__version__, ranges]
+    for name in ("encoder", "beam_step"):
+        if name not in artefact.graphs: raise UserError(f"{name}.onnx: not in this artefact, and TensorRT needs it")
+        def make() -> bytes:
+            tell(f"{name}: building an engine for {gpu.name}; seconds to minutes, once")
+            return build(artefact.graphs[name], ranges).engine
+        made[name] = kept(artefact.graphs[name], facts, place, make)
+        tell(f"{name}: an engine of {len(made[name]) / 1e6:.1f} MB is in {place}")
+    return made
+
 class TensorRT(Deployed):
     """A captioner read from an artefact folder, as engines on the current GPU; `most` pictures at a time. engines: where they are kept."""
     def __init__(self, folder: str | Path, most: int = 8, engines: str | Path | None = None):
         super().__init__(open_folder(folder))
-        trt, gpu = library(), on_gpu().cuda.get_device_properties(0)
-        ranges, place, made = {**RANGES, "batch": (1, 1, most)}, Path(engines or Path(folder) / "engines"), {}
-        facts = [gpu.name, gpu.major, gpu.minor, trt.__version__, ranges]
-        for name in ("encoder", "beam_step"):
-            graph = self.artefact.graphs[name]
-            made[name] = Engine(kept(graph, facts, place, lambda: build(graph, ranges).engine))
-        self.most, self.engines, self.loops = most, made, {}
+        made = engines_of(self.artefact, Path(engines or Path(folder) / "engines"), most)
+        self.most, self.engines, self.loops = most, {name: Engine(engine) for name, engine in made.items()}, {}
 
     def search(self, pixels: np.ndarray) -> Found:
         """The captions of prepared pictures, bytes [B, size, size, 3], B at most `most`."""
