@@ -61,6 +61,7 @@ def with_coordinates(x: Tensor) -> Tensor:
     """Pictures [B, C, H, W] with two more channels [B, C + 2, H, W]: x and y of each pixel, from -1 to 1."""
     across = torch.linspace(-1, 1, x.shape[3], device=x.device, dtype=x.dtype).expand(x.shape[0], 1, *x.shape[2:])
     down = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)[:, None].expand(x.shape[0], 1, *x.shape[2:])
+    # expanded, not copied: cat makes the only copy
     return torch.cat([x, across, down], 1)
 
 # %% ../../nbs/models/17_backbone.ipynb #ShapesNet
@@ -173,14 +174,14 @@ def build_torchvision(name: str, hub: bool, size: int | None, drop_path: float) 
     except (KeyError, ValueError) as error:
         raise UserError(f"backbone torchvision/{name}: torchvision has no such model") from error
     except OSError as error: raise UserError(f"backbone torchvision/{name}: its weights cannot be fetched: {error}") from error
-    kind = recipe.interpolation.value
+    kind = recipe.interpolation.value                          # anything but bicubic is done bilinearly
     prepare = Preprocess(size or recipe.crop_size[0], recipe.mean, recipe.std, interpolation=kind if kind == "bicubic" else "bilinear")
     trunk, dim_last = torchvision_trunk(model)
     return Net(model, trunk, prepare, dim_last)
 
 # %% ../../nbs/models/17_backbone.ipynb #TimmTrunk
 class TimmTrunk(nn.Module):
-    """A timm network up to its last features."""
+    """A timm network up to its last features: pictures [B, 3, H, W] -> a grid or a list, as the network has it."""
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model

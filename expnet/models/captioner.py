@@ -51,7 +51,7 @@ class Past:
         return torch.ones(1, self.said + new, dtype=torch.bool, device=self.kept.device)
 
     def select(self, rows: Tensor) -> "Past":
-        """The same past for other rows; nothing is copied yet."""
+        """The same past for other `rows` [S], numbers of rows of this one; nothing is copied yet."""
         return Past(self.kept, rows if self.rows is None else self.rows[rows])
 
     def append(self, new: Tensor) -> "Past":
@@ -121,6 +121,7 @@ def for_rows(state: Any, memory: Memory, tokens: Tensor) -> Any:
 
 def unroll(model: Captioner, memory: Memory, tokens: Tensor) -> Tensor:
     """Log-probabilities [R, T, V] for inputs [R, T] (T a multiple of K), K words at a time, through `model.step` alone."""
+    # one row of the state for each row of `tokens`: a picture with several captions has several
     state, out = for_rows(model.start(memory), memory, tokens), []
     for previous in tokens.split(model.K, 1):
         step = model.step(memory, state, previous)                     # never sees `tokens` beyond `previous`

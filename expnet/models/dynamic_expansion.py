@@ -61,7 +61,7 @@ class DynamicExpansion(nn.Module):
         return gate * positive + (1 - gate) * negative, past
 
     def newest(self, z: Tensor, values: Tensor, cond: Tensor, keep: Tensor, new: int) -> Tensor:
-        """`path` for the last `new` words without building a single expansion vector (no dropout)."""
+        """`path` for the last `new` words, [B, new, D], without building a single expansion vector (no dropout)."""
         filled = normalise(z * keep[:, :, None])                                          # (batch, s, expansion, u)
         back = z[..., -new:].permute(0, 3, 1, 2) * keep[:, -new:, :, None]                # (batch, t, s, expansion)
         weight = normalise(back.flatten(2)).view_as(back)

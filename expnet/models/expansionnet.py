@@ -123,7 +123,7 @@ class DecoderLayer(nn.Module):
         return self.look(y + mixed, keys_values, mask), past
 
     def look(self, y: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """Cross-attention and feed-forward, which treat every word by itself."""
+        """Cross-attention and feed-forward on y [R, T, D], which treat every word by itself."""
         y = y + self.dropout(self.cross(self.norm2(y), keys_values, mask))
         return y + self.dropout(self.feed_forward(self.norm3(y)))
 
@@ -154,6 +154,7 @@ class WordVectors(nn.Module):
 
     def forward(self, tokens: Tensor, first: int | Tensor = 0) -> Tensor:
         """Vectors [R, T, D] of tokens [R, T] that stand at places first, first + 1, ... (a number; in an exported graph a tensor)."""
+        # in an exported graph `first` is a tensor, and what it holds is not known while the graph is made
         last, places = first + tokens.shape[1], len(self.position.weight)
         if not isinstance(last, Tensor) and last > places: raise ValueError(f"{last} tokens, but the model has {places} positions")
         place = self.position(first + torch.arange(tokens.shape[1], device=tokens.device))

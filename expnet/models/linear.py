@@ -65,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 # %% ../../nbs/models/13_linear.ipynb #Linear
 class Linear(nn.Linear):
-    """torch's linear layer, same weights and same answers, quicker on some CPUs; `gelu` applies GELU to its result."""
+    """torch's linear layer [..., inputs] -> [..., outputs], same weights and answers, quicker on some CPUs; `gelu` applies GELU to its result."""
     def __init__(self, inputs: int, outputs: int, bias: bool = True, gelu: bool = False):
         super().__init__(inputs, outputs, bias)
         self.gelu = gelu

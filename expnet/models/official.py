@@ -124,12 +124,12 @@ def translate(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor],
     ours, asked, missing, mismatched = {}, set(known), [], []
     for name, like in own.items():
         names = published(name)
-        shape = [len(like) // len(names), *like.shape[1:]]
+        shape = [len(like) // len(names), *like.shape[1:]]     # a fused layer is cut along its outputs, its first axis
         absent = [theirs for theirs in names if theirs not in tensors]
         wrong = [theirs for theirs in names if theirs not in absent and list(tensors[theirs].shape) != shape]
         if not absent and not wrong:
             ours[name] = torch.cat([tensors[theirs] for theirs in names]) if len(names) > 1 else tensors[names[0]]
-        asked.update(names)
+        asked.update(names)                                    # also of what did not fit: it is mismatched, not unexpected
         missing += absent
         mismatched += [f"{theirs} {list(tensors[theirs].shape)}, not {shape}" for theirs in wrong]
     equal = {name: torch.equal(tensors[name].to(x.dtype), x) for name, x in known.items() if name in tensors}

@@ -63,7 +63,7 @@ class StaticExpansion(nn.Module):
         return torch.cat([normalise(part) for part in z.split(self.groups, -1)], -1)
 
     def short_path(self, z: Tensor, values: Tensor) -> Tensor:
-        """`path` without dropout and without building an expansion vector."""
+        """`path` for the same z [B, N, M] and values [B, N, D], without dropout and without building an expansion vector."""
         back = self.backward_map(z)
         mixed = matmul(back, normalise(z.transpose(1, 2)))                            # (batch, regions, regions)
         return (matmul(mixed, values) + linear(back, self.bias.T)) / len(self.groups)

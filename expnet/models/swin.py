@@ -114,6 +114,7 @@ class SwinConfig:
     drop_path: float = 0.0           # share of pictures that skip the last block's branches in training; earlier blocks: less
 
     def __post_init__(self):
+        # lists, as JSON gives them, become tuples; frozen classes allow no plain assignment
         for name in ("depths", "heads"): object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.depths) != len(self.heads): raise UserError(f"depths {self.depths} and heads {self.heads}: one number a stage each")
         odd = [h for s, h in enumerate(self.heads) if self.dim * 2**s % h]
@@ -128,7 +129,7 @@ class SwinConfig:
     @property
     def regions(self) -> int:
         """Regions of a picture of the configured size."""
-        return (self.size * self.window // self.step)**2
+        return (self.size * self.window // self.step)**2       # step / window is the pixels of a last-stage place
 
     @property
     def step(self) -> int:
@@ -192,7 +193,7 @@ def to_timm(state: dict[str, Any]) -> dict[str, Any]:
     return {re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", n): w for n, w in state.items()}
 
 def from_timm(state: dict[str, Any]) -> dict[str, Any]:
-    """The named weights of timm's Swin under the published names."""
+    """The named weights of timm's Swin under the published names; `to_timm` undone."""
     return {re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", n): w for n, w in state.items()}
 
 # %% ../../nbs/models/16_swin.ipynb #as-published
@@ -205,7 +206,8 @@ def as_published(state: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/models/16_swin.ipynb #published-buffers
 def published_buffers(config: SwinConfig) -> dict[str, Tensor]:
-    """What published files hold beside the weights: each block's `relative_position_index`, each shifted block's `attn_mask`."""
+    """What published files hold beside the weights: each block's `relative_position_index` [area, area], each shifted
+    block's `attn_mask` [windows, area, area]."""
     found = {}
     for s, b in ((s, b) for s, depth in enumerate(config.depths) for b in range(depth)):
         # (size / patch) >> s: the division comes before the shift
