@@ -70,7 +70,8 @@ def test_nvidias_parser_takes_every_graph_and_builds_an_engine(kind, precision):
     for name in GRAPHS:
         path = graphs(kind, precision) / f"{name}.onnx"
         built = taken(path, kind, precision, name)
-        assert built["layers"] > 20 and built["bytes"] > path.stat().st_size / 2, name             # an engine holds the weights
+        assert built["layers"] > (100 if kind == "ExpansionNet" else 90), name
+        assert built["bytes"] > max(100_000, path.stat().st_size / 2), name                        # an engine holds the weights
 
 
 @pytest.mark.skipif(not FULL_SIZE, reason="set EXPNET_FULL_SIZE to a folder of tests/full_size_onnx.py: minutes, gigabytes")

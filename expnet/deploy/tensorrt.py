@@ -54,6 +54,7 @@ def build(path: str | Path, ranges: Mapping[str, tuple[int, int, int]] = RANGES)
     trt = library()
     log = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(log)
+    # strongly typed: nobody but the graph decides about precision
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
@@ -151,6 +152,7 @@ class Bound:
         self.inputs = {name: inputs[name].to(place[name]).contiguous() for name in engine.inputs}
         for name, x in self.inputs.items(): self.context.set_input_shape(name, tuple(x.shape))
         self.outputs = {name: torch.from_numpy(np.zeros(tuple(self.context.get_tensor_shape(name)), kind)).cuda() for name, (_, kind) in engine.outputs.items()}
+        # said once: as long as shapes and places stay, a run needs no arguments and can be recorded
         for name, x in (self.inputs | self.outputs).items(): self.context.set_tensor_address(name, x.data_ptr())
 
     def run(self) -> None:
@@ -191,9 +193,11 @@ class Loop:
         self.encode.inputs["pixels"].copy_(on_gpu().from_numpy(pixels))
         self.encode.run()
         for name, x in self.first.items(): self.step.inputs[name].copy_(x)
+        # what a picture starts with is the same for all rows of its beam
         for name in self.states: self.step.inputs[name].copy_(self.encode.outputs[name][:, None].expand_as(self.step.inputs[name]))
         for word in range(1, 1 + self.first["tokens"].shape[-1]):
             self.replay()
+            # reading the answer makes the processor wait, so not after every word
             if word % 4 == 0 and bool(self.step.outputs["next_done"].all()): break
         return chosen({name: x.cpu().numpy() for name, x in self.step.outputs.items() if "past" not in name}, pad)
 
