@@ -30,7 +30,7 @@ test: setup notebooks  ## what CI runs: every notebook, then pytest (which also 
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not browser and not alone"
 
 test-browser: setup  ## JupyterLab, the site and expnet serve in headless Chromium; skipped by name where there is none
-	@which chromium chromium-browser google-chrome >/dev/null || timeout 900 sh -c "apt-get update && apt-get install -y --no-install-recommends chromium" >/dev/null 2>&1 || true
+	@which chromium chromium-browser google-chrome >/dev/null || timeout 300 sh -c "apt-get update && apt-get install -y --no-install-recommends chromium" >/dev/null 2>&1 || true
 	$(BIN)/python -m pytest -m browser -rs
 
 notebooks: setup  ## execute every notebook

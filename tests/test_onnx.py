@@ -153,10 +153,11 @@ def test_the_published_search(reference, key):
 
 
 CLASSICS = {"Transformer": dict(dim=16, heads=2, feed_forward=24, encoder_layers=1, decoder_layers=1, K=2),
-            "ShowTell": dict(words=8, hidden=16), "ShowAttendTell": dict(words=8, hidden=16, attention=12)}
+            "ShowTell": dict(words=8, hidden=16), "ShowAttendTell": dict(words=8, hidden=16, attention=12),
+            "HardAttendTell": dict(words=8, hidden=16, attention=12), "ActorCritic": dict(words=8, hidden=16, attention=12, critic=8)}
 
 
-@pytest.mark.parametrize("kind", ["ShowAttendTell", pytest.param("Transformer", marks=measured), pytest.param("ShowTell", marks=measured)])
+@pytest.mark.parametrize("kind", [kind if kind == "ShowAttendTell" else pytest.param(kind, marks=measured) for kind in CLASSICS])
 def test_other_captioners(kind, tmp_path):
     config, build = kind_of(kind, "test")
     seed_all(0)
