@@ -98,8 +98,9 @@ def test_qdq_is_calibrated_on_a_data_folder_and_tensorrt_is_asked_without_a_gpu(
     expnet("prepare", "held", "captions.csv", "--images", "photos", "--val", "0.2", "--min-count", "2", cwd=folder)
     said = expnet("export", "small", "--out", "qdq", "--precision", "qdq", "--calibration", "held", "--beam", "2", "--max-len", "6", cwd=folder).stdout
     assert "token for token" in said and json.loads((folder / "qdq" / "config.json").read_text())["precision"] == "qdq"
-    nodes = {node.op_type for node in onnx.load(folder / "qdq" / "encoder.onnx").graph.node}
-    assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
+    graph = onnx.load(folder / "qdq" / "encoder.onnx").graph
+    read = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    assert {weight.data_type for weight in graph.initializer if weight.name in read} == {onnx.TensorProto.INT8}     # TensorRT reads no other
     done = expnet("trt", "qdq", "--check", cwd=folder, ok=not cannot_try())
     if cannot_try(): one_line(done, f"cannot try without a GPU: {cannot_try()}")
     else: assert done.stdout.count(": 0 errors, ") == 2

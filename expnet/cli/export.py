@@ -61,6 +61,7 @@ def make_artefact(model: Captioner, folder: str | Path, how: Beam = Beam(5), max
     facts = export(model, folder, how=how, max_len=max_len, precision=precision, calibration=calibration, graphs=graphs)
     found = host_loop(Session(folder / "encoder.onnx"), Session(folder / "beam_step.onnx"), pixels, model.vocab)
     if precision == "fp32" and (where := first_difference(found, said, model.vocab)): raise UserError(f"{folder}: the graphs differ from the model: {where}")
+    # torch's words if the graphs must equal them, else their own: those must not change on the way
     np.savez_compressed(folder / "golden.npz", pixels=pixels, **(said if precision == "fp32" else found)._asdict())
     write_artefact(folder, settings(model, facts, how, max_len, precision, agreeing(found, said)), model.vocab)
     return verify(folder)
@@ -69,12 +70,13 @@ def make_room(folder: Path) -> Path:
     """`folder`, empty but for what is no part of an artefact; UserError if it holds something else than an artefact."""
     if folder.exists() and not is_artefact(folder) and any(folder.iterdir()): raise UserError(f"{folder}: holds something else: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)          # first: what is left if this is interrupted must not look sealed
     for path in members(folder): path.unlink()
     return folder
 
 def agreeing(found: Found, said: Found) -> str:
-    """How many pictures have the same best caption in both, as "n of N"."""
+    """How many pictures have the same best caption in both (tokens [B, n, L]), as "n of N"."""
+    # each is as wide as its own longest sentence; -1 is no word
     width = max(found.tokens.shape[2], said.tokens.shape[2])
     best = [np.pad(x.tokens[:, 0], ((0, 0), (0, width - x.tokens.shape[2])), constant_values=-1) for x in (found, said)]
     return f"{(best[0] == best[1]).all(1).sum()} of {len(best[0])}"
