@@ -4,6 +4,8 @@ EXPNET_MEASURE=1 adds every beam at the presets `tiny` and `coco`; EXPNET_WORLD=
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,16 @@ def test_half_precision(tmp_path):
     assert onnx.TensorProto.FLOAT16 in kinds and onnx.TensorProto.FLOAT not in kinds
     nothing = seen(2) | {"real": torch.zeros(2, REGIONS, dtype=torch.bool)}
     assert all(value.isfinite().all() for value in Run(tmp_path / "caption.onnx")(**nothing).values())
+
+
+def test_show_and_tell_in_half_precision_does_not_crash_the_runtime(tmp_path):
+    """In a process of its own: ONNX Runtime 1.31 ends with a segmentation fault if its MatmulTransposeFusion sees this step."""
+    config, build = kind_of("ShowTell", "test")
+    seed_all(0)
+    model = build(config(features=12, max_len=11, **CLASSICS["ShowTell"]), Vocab(["EOS", "PAD", "SOS", "UNK", *WORDS])).half().eval()
+    path = to_onnx(BeamStep(Encoder(model, REGIONS), Beam(3), 11), tmp_path / "beam_step.onnx")
+    for use in ("expnet.deploy.graphs import Run as Opened", "expnet.deploy.runtime import Session as Opened"):
+        subprocess.run([sys.executable, "-c", f"from {use}; Opened({str(path)!r})"], check=True)
 
 
 # --- larger models (EXPNET_MEASURE=1)

@@ -87,8 +87,8 @@ def test_it_takes_the_published_sizes(name, precision):
 @parser
 def test_it_refuses_eight_bits_whose_scales_are_computed_on_the_way(tmp_path):
     """The form for ONNX Runtime on processors."""
-    export(captioner(), tmp_path, HOW, LONGEST, "int8", graphs=("encoder",))
-    with pytest.raises(UserError, match="TensorRT refuses it"): try_without_gpu(tmp_path / "encoder.onnx")
+    export(captioner(), tmp_path / "new", HOW, LONGEST, "int8", graphs=("encoder",))
+    with pytest.raises(UserError, match="TensorRT refuses it"): try_without_gpu(tmp_path / "new" / "encoder.onnx")
 
 
 @parser

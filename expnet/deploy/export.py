@@ -42,6 +42,7 @@ def quantise(path: str | Path, to: str | Path, pixels: Sequence[Tensor] | None =
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     products = backbone_products(path)
     if not products: raise UserError(f"{path}: no operator multiplies by weights of a backbone")
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
     common = dict(nodes_to_quantize=products, per_channel=True, weight_type=QuantType.QInt8)
     static = {"ActivationSymmetric": True, "WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Conv"],
               "QuantizeBias": False}                         # it would be written as int32, which TensorRT refuses
