@@ -19,7 +19,8 @@ COLUMNS = ["weights", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D", "said 
 def main(folder: str, out: str, *named: str) -> None:
     torch.set_num_threads(1)
     data, rows = open_data(folder), {}
-    for name, model in ((text.split("=", 1)[0], load(text.split("=", 1)[1])) for text in named):
+    for name, model in (text.rsplit("=", 1) for text in named):
+        model = load(model)
         numbers = measure(model, data, Beam(5), metrics=pick(("default", "METEOR")))[2] | speed(model, data)
         rows[name] = {key: round(value, 4) for key, value in numbers.items()}
     Path(out).write_text(json.dumps(rows, indent=1))
