@@ -1173,6 +1173,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'expnet.plot.draw_ways': ('plot.html#draw_ways', 'expnet/plot.py'),
                              'expnet.plot.essential': ('plot.html#essential', 'expnet/plot.py'),
                              'expnet.plot.finish': ('plot.html#finish', 'expnet/plot.py'),
+                             'expnet.plot.labelled': ('plot.html#labelled', 'expnet/plot.py'),
                              'expnet.plot.lit': ('plot.html#lit', 'expnet/plot.py'),
                              'expnet.plot.show_attention': ('plot.html#show_attention', 'expnet/plot.py'),
                              'expnet.plot.show_bars': ('plot.html#show_bars', 'expnet/plot.py'),
