@@ -16,6 +16,8 @@ import torch
 from drawn import drawn_file
 from expnet import load
 from expnet.data.captions import Vocab
+from expnet.decode.ensemble import Ensemble
+from expnet.decode.recompute import Recompute
 from expnet.decode.rules import words_only
 from expnet.decode.search import Beam, Hyps, decode
 from expnet.deploy.export import export, pixels_of, quantise
@@ -24,7 +26,7 @@ from expnet.models.captioner import Captioner, Past
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.models.official import import_official
 from expnet.score.evaluate import evaluate
-from expnet.tools import seed_all
+from expnet.tools import UserError, seed_all
 from expnet.train.checkpoints import kind_of
 from expnet.train.recipes import open_data
 
@@ -159,12 +161,20 @@ CLASSICS = {"Transformer": dict(dim=16, heads=2, feed_forward=24, encoder_layers
             "HardAttendTell": dict(words=8, hidden=16, attention=12), "ActorCritic": dict(words=8, hidden=16, attention=12, critic=8)}
 
 
+@pytest.mark.parametrize("size", [pytest.param(1, marks=measured), 3, pytest.param(5, marks=measured)])
 @pytest.mark.parametrize("kind", [kind if kind == "ShowAttendTell" else pytest.param(kind, marks=measured) for kind in CLASSICS])
-def test_other_captioners(kind, tmp_path):
+def test_other_captioners(kind, size, tmp_path):
     config, build = kind_of(kind, "test")
     seed_all(0)
     model = sharpened(build(config(features=12, max_len=11, **CLASSICS[kind]), Vocab(["EOS", "PAD", "SOS", "UNK", *WORDS])))
-    says_what_decode_says(Files(model, tmp_path).caption(Beam(3, n_best=3), 11), model, Beam(3, n_best=3), 11, 12)
+    how = Beam(size, n_best=size)
+    says_what_decode_says(Files(model, tmp_path).caption(how, 11), model, how, 11, 12)
+
+
+def test_what_is_no_model_of_its_own_says_so():
+    model = small()
+    for other in (Ensemble([model, model]), Recompute(model)):
+        with pytest.raises(UserError, match=f"a {type(other).__name__} cannot be exported"): Encoder(other, REGIONS)
 
 
 def test_half_precision(tmp_path):
@@ -223,7 +233,10 @@ def test_trained_world(tmp_path):
     export(model, tmp_path / "half", how, precision="fp16", graphs=("caption",))
     runs["fp16"] = Run(tmp_path / "half" / "caption.onnx")
     said = {"torch": [model.vocab.decode(row[0]) for part in pixels.split(50) for row in hyps(how, part).tokens]}
-    for name, run in runs.items(): said[name] = [model.vocab.decode(row[0]) for part in pixels.split(50) for row in run(pixels=part)["tokens"]]
+    for name, run in runs.items():
+        found = [run(pixels=part) for part in pixels.split(50)]
+        assert all(part[kind].isfinite().all() for part in found for kind in ("logp", "score")), name
+        said[name] = [model.vocab.decode(row[0]) for part in found for row in part["tokens"]]
     table = {name: {"same": float(np.mean([a == b for a, b in zip(texts, said["torch"])])),
                     "CIDEr-D": evaluate(dict(zip((item.id for item in test), texts)), test).totals["CIDEr-D"]} for name, texts in said.items()}
     print(json.dumps(table, indent=1))

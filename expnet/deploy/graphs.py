@@ -149,6 +149,7 @@ class Encoder(Graph):
     """Pixels u8 [B, H, W, 3] (without backbone: features [B, N, F] and real bool [B, N]) -> memory, and what a state starts with."""
     def __init__(self, model: Captioner, regions: int | None = None):
         super().__init__()
+        if not hasattr(model, "config"): raise UserError(f"a {type(model).__name__} cannot be exported: export a captioner inside it")
         self.model, self.regions, prepare = model, regions, getattr(model.backbone, "prepare", None)
         if not (prepare or regions): raise UserError("this captioner has no backbone: how many regions has a picture?")
         self.inputs, self.size = (["pixels"], prepare.size) if prepare else (["features", "real"], None)
