@@ -56,12 +56,13 @@ class Past:
 
     def append(self, new: Tensor) -> "Past":
         """The past [T + K, R, D] with new [R, K, D] behind it."""
-        new = new.transpose(0, 1)
-        if self.rows is None: return Past(torch.cat([self.kept, new]))
+        # under autocast the empty start is float32 and what comes is not: the newest decides, so that a step casts nothing twice
+        new, kept = new.transpose(0, 1), self.kept.to(new.dtype)
+        if self.rows is None: return Past(torch.cat([kept, new]))
         # with gradients a result may not be written into a prepared tensor, so this way copies twice
-        if torch.is_grad_enabled(): return Past(torch.cat([self.kept[:, self.rows], new]))
+        if torch.is_grad_enabled(): return Past(torch.cat([kept[:, self.rows], new]))
         longer = new.new_empty(len(self) + len(new), *new.shape[1:])
-        torch.index_select(self.kept, 1, self.rows, out=longer[:len(self)])
+        torch.index_select(kept, 1, self.rows, out=longer[:len(self)])
         longer[len(self):] = new
         return Past(longer)
 
