@@ -661,6 +661,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'expnet.decode.search.Rows': ('decode/search.html#rows', 'expnet/decode/search.py'),
                                       'expnet.decode.search.Rows.empty': ('decode/search.html#rows.empty', 'expnet/decode/search.py'),
                                       'expnet.decode.search.Rows.grow': ('decode/search.html#rows.grow', 'expnet/decode/search.py'),
+                                      'expnet.decode.search.Rows.run': ('decode/search.html#rows.run', 'expnet/decode/search.py'),
                                       'expnet.decode.search.allowed': ('decode/search.html#allowed', 'expnet/decode/search.py'),
                                       'expnet.decode.search.best': ('decode/search.html#best', 'expnet/decode/search.py'),
                                       'expnet.decode.search.check': ('decode/search.html#check', 'expnet/decode/search.py'),

@@ -20,13 +20,13 @@ from expnet.train.recipes import RECIPES
 from expnet.train.step import Learner
 
 PHASES = {phase.name: phase for phase in RECIPES["coco"].phases}
-COCO = 113_287          # training pictures
+PICTURES, CAPTIONS = 113_287, 566_747                  # of the training split of COCO
 
 
 class Length:
     "A reward that costs the device nothing: `tests/test_reward.py` measures CIDEr-D by itself."
     signature = "length"
-    def __call__(self, ids, tokens): return tokens.double().mean(-1).cpu().numpy()
+    def __call__(self, ids, tokens): return tokens.double().mean(-1).cpu().numpy() / 10_000
 
 
 def show(what: str, **numbers) -> None: print(json.dumps({"what": what} | numbers), flush=True)
@@ -62,7 +62,7 @@ def features(model: ExpansionNet, batch: int = 64) -> None:
     "Phase 1: pictures to regions."
     pixels = torch.randn(batch, 3, 384, 384, device="cuda", dtype=next(model.parameters()).dtype)
     spent = seconds(lambda: model.backbone(pixels), 5)
-    show("features", dtype=str(pixels.dtype), pictures_a_second=batch / spent, minutes_for_coco=COCO / batch * spent / 60)
+    show("features", dtype=str(pixels.dtype), pictures_a_second=batch / spent, minutes_for_coco=PICTURES / batch * spent / 60)
 
 
 @torch.no_grad()
@@ -85,7 +85,9 @@ def steps(model: ExpansionNet, name: str) -> None:
     learner = Learner(model, phase, "cuda", Length())
     step = lambda: learner.step(batch, 1e-9)
     spent = seconds(step, 3)
-    show(name, precision=phase.precision, pictures=len(ids), seconds_a_step=spent, peak_gb=peak_gb(step), hours_an_epoch=COCO / len(ids) * spent / 3600)
+    samples = CAPTIONS if phase.loss == "xe" else PICTURES
+    show(name, precision=phase.precision, samples=len(ids), seconds_a_step=spent, peak_gb=peak_gb(step),
+         hours_of_steps_on_coco=phase.epochs * samples / len(ids) * spent / 3600)
 
 
 if __name__ == "__main__":

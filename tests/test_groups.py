@@ -7,12 +7,13 @@ import torch
 from expnet.data.captions import Vocab
 from expnet.decode.groups import words_a_step
 from expnet.decode.recompute import Recompute
+from expnet.decode.rules import never
 from expnet.decode.search import Beam, Greedy, decode
 from expnet.deploy.packed import pack
 from expnet.models.captioner import teacher_forcing, unroll
 from expnet.models.dynamic_expansion import causal
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
-from toy import captions
+from toy import Toy, captions, pictures
 
 vocab = Vocab(["EOS", "PAD", "SOS", "UNK", *"abcdefghijkl"])
 SIZES = ExpansionNetConfig(features=12, dim=32, heads=4, feed_forward=64, static=(2, 4), dynamic=4, max_len=15, dropout=0.0)
@@ -95,3 +96,15 @@ def test_a_model_that_says_one_word_lends_its_weights():
     x = torch.randn(2, 5, 12)
     assert torch.equal(decode(packed, packed.encode(x), Beam(2)).tokens, decode(four, four.encode(x), Beam(2)).tokens)
     assert hyps.tokens.shape[-1] <= 14
+
+
+@pytest.mark.parametrize("banned", [[], [4], list(range(8))])
+@pytest.mark.parametrize("K", range(1, 7))
+def test_greedy_rows_take_their_words_together(K, banned):
+    "As they do one by one, which a rule that might read the words so far makes them do: with an end inside a group, and with no word left."
+    net, many = Toy(K=K, max_len=12, seed=K), pictures(40)
+    at_once, by_turns = (decode(net, net.encode(many), Greedy(), rules=[*rules, never(banned)]) for rules in ([], [lambda prefix, logp: logp]))
+    assert torch.equal(at_once.tokens, by_turns.tokens) and torch.equal(at_once.logp, by_turns.logp)
+    torch.testing.assert_close(at_once.score, by_turns.score)
+    ended = (at_once.tokens == net.vocab.eos).any(-1)
+    assert banned or 0 < ended.float().mean() < 1

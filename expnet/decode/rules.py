@@ -23,6 +23,7 @@ def never(tokens: Iterable[int]) -> Rule:
         nonlocal banned
         banned = banned.to(logp.device)                       # moved once, not at every word
         return logp.index_fill(-1, banned, -torch.inf)
+    rule.blind = True                                         # to the words so far: a group of places can be asked at once
     return rule
 
 # %% ../../nbs/decode/24_rules.ipynb #words-only

@@ -44,6 +44,17 @@ class Rows:
         return Rows(torch.cat([old.tokens, word[..., None]], -1), torch.cat([old.logp, step[..., None]], -1),
                     (old.total + step).masked_fill(lost, -torch.inf), old.length + ~silent, silent | (word == vocab.eos))
 
+    def run(self, logp: Tensor, vocab) -> "Rows":
+        """Rows that stay where they are (W = 1) with their likeliest words at the next K places, all at once: logp [B, K, V]."""
+        step, word = logp.max(-1)
+        ends = (word == vocab.eos) | (lost := step.isneginf())
+        silent = self.done | (ends.cumsum(1) > ends)          # done before, or behind an end among these K
+        lost = lost & ~silent
+        word, step = word.masked_fill(silent | lost, vocab.pad), step.masked_fill(silent | lost, 0)
+        return Rows(torch.cat([self.tokens, word[:, None]], -1), torch.cat([self.logp, step[:, None]], -1),
+                    (self.total + step.sum(1, keepdim=True)).masked_fill(lost.any(1, keepdim=True), -torch.inf),
+                    self.length + (~(silent | lost)).sum(1, keepdim=True), self.done | ends.any(1, keepdim=True))
+
 # %% ../../nbs/decode/22_search.ipynb #Hyps
 class Hyps(NamedTuple):
     """Sentences for B pictures: tokens [B, n, L] without SOS, logp [B, n, L], score [B, n], and maps aux [B, n, L, ...] if asked for.
@@ -208,7 +219,9 @@ def say(logp: Tensor, rows: Rows, how: How, rules: Sequence[Rule], vocab, luck: 
         some: bool = True) -> tuple[Rows, Tensor | None, list[tuple]]:
     """`rows` (`some` of which are done) with K more words, picked one after the other from logp [R, K, V]; the row of logp that
     each new row comes from (None: its own); and for every word its k, that row, and its parent, for `walk_back`."""
-    source, steps = None, []
+    for rule in (blind := [rule for rule in rules if getattr(rule, "blind", False)]): logp = rule(rows.tokens, logp)
+    rules, source, steps = [rule for rule in rules if rule not in blind], None, []
+    if isinstance(how, Greedy) and not rules: return rows.run(logp, vocab), None, [(k, None, None) for k in range(logp.shape[1])]
     for k, slot in enumerate(logp.unbind(1)):
         scores = allowed(slot if source is None else slot[source], rows, vocab.pad, rules, some or k > 0)
         parent, word = how.pick(rows, scores, luck[k])
