@@ -17,9 +17,10 @@ from .show_attend_tell import AdditiveAttention, ShowAttendTell, ShowAttendTellC
 # %% ../../nbs/classics/49_hard_attention.ipynb #one-place
 def one_place(shares: Tensor, draw: bool) -> Tensor:
     """One region for each row of shares [..., N], as a one-hot vector: drawn, or the likeliest; its gradient goes to the shares."""
+    # [..., 1], drawn with the shares as probabilities
     place = torch.multinomial(shares.flatten(0, -2), 1).view(*shares.shape[:-1], 1) if draw else shares.argmax(-1, keepdim=True)
     hard = torch.zeros_like(shares).scatter(-1, place, 1.0)
-    return hard + (shares - shares.detach())
+    return hard + (shares - shares.detach())                  # the value of `hard`, the gradient of `shares`
 
 # %% ../../nbs/classics/49_hard_attention.ipynb #HardAttendTell
 class HardAttention(AdditiveAttention):

@@ -24,11 +24,11 @@ from ..models.official import Report, count
 from ..tools import UserError, read_json, undrawn
 
 # %% ../../nbs/classics/53_originals.ipynb #read-words
-NAMES = dict(zip(("<pad>", "<start>", "<end>", "<unk>"), SPECIALS))
+NAMES = dict(zip(("<pad>", "<start>", "<end>", "<unk>"), SPECIALS))  # theirs -> ours
 
 def in_order(numbers: Mapping[str, int], path: str | Path) -> list[str]:
     """The words by their numbers, which are 0, 1, 2, ...; UserError, naming the file, otherwise."""
-    words = sorted(numbers, key=numbers.get)
+    words = sorted(numbers, key=numbers.get)                  # the dictionary may be in any order
     if [numbers[word] for word in words] != list(range(len(words))): raise UserError(f"{path}: its numbers are not 0, 1, 2, ...")
     return words
 
@@ -38,12 +38,13 @@ def read_words_of(path: str | Path) -> Vocab:
     if path.suffix == ".txt": words = path.read_text(encoding="utf-8").split()
     elif path.suffix == ".json":
         value = read_json(path)
-        words = value.get("words") or in_order(value, path) if isinstance(value, dict) else value
-    else: words = in_order(read_attributes(path, "Vocabulary").get("word2idx", {}), path)
+        words = value.get("words") or in_order(value, path) if isinstance(value, dict) else value  # our vocab.json or a word map
+    else: words = in_order(read_attributes(path, "Vocabulary").get("word2idx", {}), path)  # a pickle, read without running it
     try: return Vocab([NAMES.get(word, word) for word in words])
     except (UserError, TypeError) as error: raise UserError(f"{path}: {error}") from error
 
 # %% ../../nbs/classics/53_originals.ipynb #resnet-of
+# blocks in the four stages, and whether a block has three convolutions
 RESNETS = {((2, 2, 2, 2), False): 18, ((3, 4, 6, 3), False): 34, ((3, 4, 6, 3), True): 50, ((3, 4, 23, 3), True): 101, ((3, 8, 36, 3), True): 152}
 
 def resnet_of(tensors: Mapping[str, Tensor], size: int, **options) -> Backbone:
@@ -51,7 +52,7 @@ def resnet_of(tensors: Mapping[str, Tensor], size: int, **options) -> Backbone:
     blocks = tuple(count(tensors, rf"encoder\.resnet\.{stage}") for stage in (4, 5, 6, 7))
     depth = RESNETS.get((blocks, "encoder.resnet.4.0.conv3.weight" in tensors))
     if depth is None: raise UserError(f"its encoder is no ResNet that is known here: {blocks} blocks in the four stages")
-    with undrawn(): return make_backbone(f"torchvision/resnet{depth}", None, size, **options)
+    with undrawn(): return make_backbone(f"torchvision/resnet{depth}", None, size, **options)  # random numbers would be overwritten at once
 
 # %% ../../nbs/classics/53_originals.ipynb #rename
 TELL = {"encoder.resnet": "backbone.trunk", "encoder.linear": "input", "encoder.bn": "norm", "decoder.embed": "embed", "decoder.lstm": "lstm",
@@ -63,13 +64,15 @@ ATTEND = {"encoder.resnet": "backbone.trunk", "decoder.attention.encoder_att": "
 
 def rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors whose name begins as one in `names`, under our name."""
-    begins = re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)))
+    begins = re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)))  # longest first: decoder.attention before decoder
     return {names[found[0]] + name[found.end():]: x for name, x in tensors.items() if (found := begins.match(name)) and name[found.end()] == "."}
 
 def split_cell(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of our decoder from those of the tutorial's cell, called decoder.decode_step.…"""
+    # torch's LSTMCell: weights [4H, in], [4H, H] and two biases [4H] that are only ever added
     inputs, past, *offsets = (tensors[f"decoder.decode_step.{name}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     words = tensors["decoder.embedding.weight"].shape[1]
+    # the input is the word beside the picture; here each has its own layer
     return {"decoder.said.weight": inputs[:, :words].contiguous(), "decoder.seen.weight": inputs[:, words:].contiguous(),
             "decoder.said.bias": sum(offsets), "decoder.cells.0.past.weight": past}
 
@@ -77,6 +80,7 @@ def split_cell(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fitted(model: Captioner, ours: Mapping[str, Tensor], unused: list[str], path: str | Path) -> tuple[Captioner, Report]:
     """`model` with the tensors `ours`, in evaluation mode, and how they fitted; UserError if a weight is missing or has another shape."""
     own = model.state_dict()
+    # a counter of batch normalisation that evaluation does not read
     missing = [name for name in own if name not in ours and not name.endswith("num_batches_tracked")]
     wrong = [f"{name} {list(x.shape)}, not {list(own[name].shape)}" for name, x in ours.items() if name in own and own[name].shape != x.shape]
     report = Report(sum(name in own for name in ours) - len(wrong), tuple(missing), (*unused, *(n for n in ours if n not in own)), tuple(wrong))
@@ -94,7 +98,7 @@ def import_show_tell(decoder: str | Path, encoder: str | Path, vocab: str | Path
     if "decoder.lstm.weight_hh_l0" not in tensors: raise UserError(f"{decoder}: has no LSTM (lstm.weight_hh_l0): is it the decoder's file?")
     words, ours = read_words_of(vocab), rename(tensors, TELL)
     same_words(words, ours["embed.weight"], decoder)
-    layers = sum(name.startswith("lstm.weight_hh") for name in ours)
+    layers = sum(name.startswith("lstm.weight_hh") for name in ours)  # weight_hh_l0, weight_hh_l1, ...
     config = ShowTellConfig(ours["input.weight"].shape[1], ours["embed.weight"].shape[1], ours["lstm.weight_hh_l0"].shape[1], layers)
     model = ShowTell(config, words, resnet_of(tensors, size, pooled=True))
     return fitted(model, ours, [n for n in tensors if not rename({n: 0}, TELL)], decoder)
@@ -117,7 +121,7 @@ def import_show_attend_tell(path: str | Path, vocab: str | Path, size: int = 256
     tensors, words = read_both(path), read_words_of(vocab)
     if "decoder.decode_step.weight_hh" not in tensors: raise UserError(f"{path}: has no LSTM cell (decoder.decode_step.weight_hh)")
     ours = rename(tensors, ATTEND) | split_cell(tensors)
-    ours.pop("decoder.attention.score.bias", None)
+    ours.pop("decoder.attention.score.bias", None)            # the same for every region, so the softmax does not see it
     same_words(words, ours["embed.weight"], path)
     config = ShowAttendTellConfig(ours["decoder.gate.weight"].shape[0], ours["embed.weight"].shape[1], ours["head.weight"].shape[1],
                                   len(ours["decoder.attention.key.weight"]))

@@ -25,13 +25,14 @@ SIGNS, NEVER = ("EOS", "PAD", "SOS"), -1e4
 def vocabulary(path: str | Path) -> Vocab:
     """EOS, PAD, SOS and the words of the original's label file (JSON with "ix_to_word": {"1": word, ...}) in their order."""
     words = need(read_json(path), "ix_to_word", dict, str(path))
-    missing = [str(i + 1) for i in range(len(words)) if str(i + 1) not in words]
+    missing = [str(i + 1) for i in range(len(words)) if str(i + 1) not in words]  # 0 is the sign that begins, ends and fills a sentence
     if missing: raise UserError(f"{path}: ix_to_word: the numbers must be 1 to {len(words)}, and {missing[0]} is missing")
     return Vocab([*SIGNS, *(words[str(i + 1)] for i in range(len(words)))])
 
 
 def split_sign(rows: Tensor, said: bool) -> Tensor:
     """A table [1 + words, ...] with row 0 for each of EOS, PAD and SOS; `said`: of scores, where only EOS may be said."""
+    # as inputs all three signs mean 0; of scores, PAD and SOS get one that is never chosen
     fill = rows[:1] if not said else torch.full_like(rows[:1], NEVER if rows.ndim == 1 else 0.0)
     return torch.cat([rows[:1], fill, fill, rows[1:]])
 
@@ -43,12 +44,13 @@ def take(stored: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]
 
 def take_norm(stored: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
     """A normalisation under our name, with weights for torch's layer."""
-    weight = stored.pop(f"{theirs}.a_2")
+    weight = stored.pop(f"{theirs}.a_2")                      # theirs divides by the standard deviation with n - 1, torch's by that with n
     return {f"{ours}.weight": weight * sqrt((len(weight) - 1) / len(weight)), f"{ours}.bias": stored.pop(f"{theirs}.b_2")}
 
 
 def take_attention(stored: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
     """An attention under our name, keys and values in one matrix."""
+    # linears 0 to 3: query, key, value, output
     both = {f"{ours}.remember.{kind}": torch.cat([stored.pop(f"{theirs}.linears.{i}.{kind}") for i in (1, 2)]) for kind in ("weight", "bias")}
     return take(stored, f"{theirs}.linears.0", f"{ours}.query") | both | take(stored, f"{theirs}.linears.3", f"{ours}.out")
 
@@ -56,6 +58,7 @@ def take_attention(stored: dict[str, Tensor], theirs: str, ours: str) -> dict[st
 def take_layer(stored: dict[str, Tensor], part: str, number: int) -> dict[str, Tensor]:
     """A layer of the "encoder" or of the "decoder" under our names."""
     theirs, ours, found = f"model.{part}.layers.{number}", f"{part}.{number}", {}
+    # a decoder layer has one attention more, and so one normalisation more
     kinds = {"self_attn": "attention"} | ({"src_attn": "cross"} if part == "decoder" else {})
     for name, kind in kinds.items(): found |= take_attention(stored, f"{theirs}.{name}", f"{ours}.{kind}")
     for place in range(len(kinds) + 1): found |= take_norm(stored, f"{theirs}.sublayer.{place}.norm", f"{ours}.norm{place + 1}")
@@ -64,7 +67,8 @@ def take_layer(stored: dict[str, Tensor], part: str, number: int) -> dict[str, T
 # %% ../../nbs/classics/54_satic_checkpoint.ipynb #import-satic
 def sizes_of(stored: dict[str, Tensor], heads: int, K: int) -> TransformerConfig:
     """The sizes of the network whose published tensors these are; the number of heads and K leave no trace in them."""
-    dim, features = stored["att_embed.0.weight"].shape
+    dim, features = stored["att_embed.0.weight"].shape        # [D, features]
+    # different numbers behind model.encoder.layers.
     layers = {part: len({name.split(".")[3] for name in stored if name.startswith(f"model.{part}.layers.")}) for part in ("encoder", "decoder")}
     return TransformerConfig(features, dim, heads, len(stored["model.encoder.layers.0.feed_forward.w_1.weight"]), layers["encoder"], layers["decoder"], K=K)
 
@@ -90,6 +94,7 @@ def import_satic(checkpoint: str | Path, labels: str | Path, K: int = 1, heads: 
         config = sizes_of(stored, heads, K)
         weights = translate(stored, config)
     except KeyError as error: raise UserError(f"{checkpoint}: no tensor {error}; is it a Transformer without batch normalisation?") from error
+    # a tensor that nobody asked for: another architecture
     if stored: raise UserError(f"{checkpoint}: {len(stored)} tensors have no place here, such as {min(stored)}")
     if len(weights["head.bias"]) != len(vocab):
         raise UserError(f"{checkpoint}: scores {len(weights['head.bias']) - 3} words, and {labels} has {len(vocab) - 3}")

@@ -53,7 +53,7 @@ class TransformerConfig:
 # %% ../../nbs/classics/51_semi_autoregressive.ipynb #places
 def places(count: int, dim: int) -> Tensor:
     """Sinusoids [count, dim] of the places 0 .. count - 1: sine and cosine side by side, slower from pair to pair."""
-    turn = torch.exp(torch.arange(0, dim, 2) * (-log(10_000) / dim))
+    turn = torch.exp(torch.arange(0, dim, 2) * (-log(10_000) / dim))  # [dim / 2]: angle a place, from 1 down to 1/10,000
     angle = torch.arange(count)[:, None] * turn
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
@@ -91,14 +91,14 @@ class Attention(nn.Module):
 
     def forward(self, y: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
         """y [R, T, D] looks at `remember(x)`, kept [B, N, 2D], where seen (broadcast to [B, heads, R/B · T, N]) is True -> [R, T, D]."""
-        key, value = map(self.split, kept.chunk(2, -1))
+        key, value = map(self.split, kept.chunk(2, -1))       # [B, heads, N, D / heads]
         found = F.scaled_dot_product_attention(self.ask(y, kept), key, value, seen, self.dropout.p if self.training else 0.0)
         return self.out(found.transpose(1, 2).reshape(y.shape))
 
     def weights(self, y: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
         """How `forward` with the same arguments divides its attention, the mean over the heads: [R, T, N]."""
         key = self.split(kept.chunk(2, -1)[0])
-        scores = self.ask(y, kept) @ key.transpose(-1, -2) / sqrt(key.shape[-1])
+        scores = self.ask(y, kept) @ key.transpose(-1, -2) / sqrt(key.shape[-1])  # all rows of a picture ask together: [B, heads, R/B · T, N]
         return scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1).view(*y.shape[:2], -1)
 
 # %% ../../nbs/classics/51_semi_autoregressive.ipynb #visible
@@ -122,7 +122,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """Regions x [B, N, D] -> [B, N, D]; seen [B, 1, 1, N]."""
-        y = self.norm1(x)
+        y = self.norm1(x)                                     # normalised before, not after: such stacks learn without a long warm-up
         x = x + self.dropout(self.attention(y, self.attention.remember(y), seen))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
@@ -143,7 +143,7 @@ class DecoderLayer(nn.Module):
     def step(self, y: Tensor, past: Past, words: Tensor, kept: Tensor, seen: Tensor) -> tuple[Tensor, Past]:
         """The newest words y [R, K, D] after those in `past` -> their rows [R, K, D] and the longer past."""
         z = self.norm1(y)
-        past = past.append(self.attention.remember(z))
+        past = past.append(self.attention.remember(z))        # [L, R, 2D], with the new group, whose words see each other
         return self.look(y + self.attention(z, past.kept.transpose(0, 1), words), kept, seen), past
 
     def look(self, y: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
@@ -183,6 +183,7 @@ class Transformer(Captioner):
 
     def forward(self, memory: Memory, tokens: Tensor) -> Tensor:
         """Logits [R, T, V] for inputs [R, T] from `teacher_forcing`."""
+        # [R, T, D] and [T, T]: groups see themselves and what lies before
         y, words = self.words(tokens), causal(torch.ones_like(tokens[:1], dtype=torch.bool), self.K)[0]
         for layer, kept in zip(self.decoder, memory.cache): y = layer(y, words, kept, visible(memory.mask))
         return self.head(self.decoder_norm(y))
@@ -193,7 +194,7 @@ class Transformer(Captioner):
 
     def step(self, memory: Memory, state: list[Past], previous: Tensor, look: bool = False) -> Step:
         """Log-probabilities [R, K, V] after `previous` [R, K], from the pasts of all words before them; maps of the last layer."""
-        y, pasts = self.words(previous, state[0].said), []
+        y, pasts = self.words(previous, state[0].said), []    # their places follow those of the past
         words, seen = state[0].real(previous.shape[1])[:, None, None], visible(memory.mask)
         for layer, kept, past in zip(self.decoder, memory.cache, state):
             below = y

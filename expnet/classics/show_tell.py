@@ -46,7 +46,7 @@ class ShowTellConfig:
 # %% ../../nbs/classics/47_show_tell.ipynb #helpers
 def mean_region(x: Tensor, mask: Tensor) -> Tensor:
     """The mean [B, D] of the real regions of x [B, N, D]; zeros for a picture without any."""
-    real = mask[..., None].to(x.dtype)
+    real = mask[..., None].to(x.dtype)                        # [B, N, 1]
     return (x * real).sum(1) / real.sum(1).clamp(min=1)
 
 # %% ../../nbs/classics/47_show_tell.ipynb #BatchNorm
@@ -70,17 +70,18 @@ class ShowTell(Captioner):
         """Memory [B, 1, words] of features [B, N, features] with mask [B, N], or of pictures [B, 3, H, W] if there is a backbone."""
         x = self.features(x).to(self.input.weight.dtype)
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        # one region [B, 1, words]: the picture as if it were a word
         return Memory(self.norm(self.input(mean_region(x, mask)))[:, None], mask.new_ones(x.shape[0], 1))
 
     def read(self, vectors: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """h [R, T, hidden] after each of `vectors` [R, T, words], and the state behind the last; None: nothing was read before."""
         last = None if state is None else tuple(part.transpose(0, 1).contiguous() for part in state)
-        hidden, new = self.lstm(vectors, last)
+        hidden, new = self.lstm(vectors, last)                # torch wants layers first, searches want rows first
         return hidden, tuple(part.transpose(0, 1) for part in new)
 
     def start(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """The state [B, layers, hidden] of an LSTM that has read the picture as its first word."""
-        return self.read(memory.x)[1]
+        return self.read(memory.x)[1]                         # step 0 reads the picture and says nothing
 
     def forward(self, memory: Memory, tokens: Tensor) -> Tensor:
         """Logits [R, T, V] for inputs [R, T] from `teacher_forcing`."""

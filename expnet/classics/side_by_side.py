@@ -23,7 +23,7 @@ from ..train.recipes import evaluate_split
 # %% ../../nbs/classics/55_side_by_side.ipynb #variety
 def variety(captions: Mapping[str, str]) -> dict[str, float]:
     """How `captions` (id -> caption) differ: the share that is said of one picture only, and the number of words in use."""
-    said = list(captions.values())
+    said = list(captions.values())                            # one caption a picture
     return {"said once": sum(said.count(text) == 1 for text in said) / max(len(said), 1), "words": vocabulary(text.split() for text in said)}
 
 # %% ../../nbs/classics/55_side_by_side.ipynb #speed
@@ -47,7 +47,7 @@ def measure(model: Captioner, data: Data, how: How = Beam(3), split: str = "test
     """What `model` says of `split`: its captions (id -> caption), their scores, and its numbers but for the speed; scoring: see evaluate."""
     said, scores = evaluate_split(model, data, split, how, **scoring)
     captions = {c.name: c.captions[0] for c in said}
-    weights = count_parameters(model) - (count_parameters(model.backbone) if model.backbone else 0)
+    weights = count_parameters(model) - (count_parameters(model.backbone) if model.backbone else 0)  # of the captioner: all have the same backbone
     return captions, scores, {"weights": weights, **scores.totals, **variety(captions)}
 
 def side_by_side(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:

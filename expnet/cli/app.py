@@ -34,9 +34,10 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main() -> None:
     """The `expnet` command: run it, and report a mistake as one line with exit code 2."""
+    # two torch threads that wait for each other are slower than one on a small computer
     seed_all(0, threads=None if "OMP_NUM_THREADS" in os.environ else 1)
     for name in COMMANDS: import_module(f"expnet.cli.{name}")
-    try: app()
+    try: app()                                                # whatever a user can mend is one line; everything else is a bug and shows where
     except (UserError, FloatingPointError, OSError) as error:
         print(f"expnet: {error}", file=sys.stderr)
         sys.exit(2)
@@ -51,7 +52,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 # %% ../../nbs/deploy/73_cli.ipynb #shell
 def shell(line: str) -> str:
     """What the command `line` ("expnet caption ...") prints; the exit code in front if it is not zero."""
-    from typer.testing import CliRunner
+    from typer.testing import CliRunner                       # for notebooks and tests: the command without a process of its own
     for name in COMMANDS: import_module(f"expnet.cli.{name}")
     result = CliRunner().invoke(app, line.split()[1:], env={"COLUMNS": "120", "TERM": "dumb"})
     if isinstance(result.exception, UserError): return f"expnet: {result.exception}"
@@ -71,7 +72,7 @@ class Counting:
 
     def __enter__(self):
         self.bar.start()
-        self.task, self.began = self.bar.add_task(self.name, total=None, note=""), time.time()
+        self.task, self.began = self.bar.add_task(self.name, total=None, note=""), time.time()  # the total comes with the first count
         return self.count
 
     def count(self, done: int, total: int) -> None:
@@ -86,7 +87,7 @@ def gallery(path: Path, said: list[Captioned], items: list[Item] = (), first: in
     """Draw the `first` captioned pictures to `path`; with their `items`, a person's caption below the model's."""
     from expnet.plot import show_captions
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [item.path for item in items[:first]] or [c.name for c in said[:first]]
+    files = [item.path for item in items[:first]] or [c.name for c in said[:first]]  # captions of stored features have ids for names, not files
     texts, references = [c.captions[0] for c in said[:first]], [item.captions[0] for item in items[:first]]
     show_captions([read_image(f) for f in files], texts, references, size=2.6).savefig(path, dpi=110)
 

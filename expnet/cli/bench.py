@@ -40,8 +40,10 @@ def seconds(model: Captioner, x: torch.Tensor, how: How, places: int) -> tuple[f
 def in_turns(models: dict[str, Captioner], x: torch.Tensor, how: How, places: int, turns: int) -> tuple[dict[str, float], float]:
     """Median CPU seconds of each model, measured in turns, and the share of tokens on which all agree with the first."""
     seconds(list(models.values())[-1], x, how, places)                    # the first call of all warms up what is shared
+    # in turns: what else the computer does hits all alike
     runs = [{name: seconds(model, x, how, places) for name, model in models.items()} for _ in range(turns)]
     first, *others = (tokens for _, tokens in runs[-1].values())
+    # random weights have near ties, which rounding may decide otherwise
     same = [float((tokens == first).float().mean()) if tokens.shape == first.shape else 0.0 for tokens in others]
     return {name: median(run[name][0] for run in runs) for name in models}, min(same)
 
@@ -72,7 +74,7 @@ CASES = ("beam:1x3", "beam:4x5", "beam:16x5", "sample:8x5")
 # %% ../../nbs/deploy/79_bench_command.ipynb #subject
 def subject(name: str) -> tuple[ExpansionNet, int]:
     """The model to measure (a preset with random weights, or a model folder) and its usual number of regions."""
-    sizes = {"coco": (10_000, 1536, 144), "tiny": (100, 128, 64)}
+    sizes = {"coco": (10_000, 1536, 144), "tiny": (100, 128, 64)}  # words, numbers a region, regions
     if name not in sizes:
         model = load(name)
         return model, model.backbone.regions if model.backbone else 144

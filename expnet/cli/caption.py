@@ -28,6 +28,7 @@ from ..train.checkpoints import load
 # %% ../../nbs/deploy/77_caption_command.ipynb #line
 def as_line(c: Captioned) -> str:
     """A captioned picture as one line of JSON: image, and for each caption its text, score and [word, log-probability] pairs."""
+    # four digits: the fifth differs from computer to computer
     texts = [{"text": text, "score": round(score, 4), "words": [[word, round(p, 4)] for word, p in words]}
              for text, score, words in zip(c.captions, c.scores, c.words)]
     return json.dumps({"image": c.name, "captions": texts}, ensure_ascii=False)
@@ -42,11 +43,12 @@ def listed(names: Iterable[str]) -> Iterator[str]:
     """`names`, with "-" replaced by the lines of standard input."""
     for name in names:
         if name != "-": yield name
-        else: yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        else: yield from (line.rstrip("\n") for line in sys.stdin if line.strip())  # a list of a million names is read as it is needed
 
 # %% ../../nbs/deploy/77_caption_command.ipynb #artefact
 def from_artefact(path: Path, fixed: dict[str, Any]) -> Runtime:
     """The captioner in the artefact `path`; UserError if one of the options was given that the export has `fixed`."""
+    # beam and precision are in the graph; ignoring an option would be a lie
     if given := [name for name, value in fixed.items() if value]: raise UserError(f"{path}: an artefact has no {', '.join(given)}: export it again")
     return Runtime(path)
 
@@ -74,7 +76,7 @@ def caption(model: Annotated[Path, typer.Argument(help="A model folder, or an ar
     else:
         net, how = load(model, pick_device(device), DTYPES[dtype.value if dtype else "fp32"]), Beam(beam or 3, n_best or 1, style="official" if as_original else "pool")
         stream = caption_stream(net, listed(images), how, batch_size, rules=() if as_original else None, on_bad=on_bad.value, as_original=as_original or None)
-    good = []
+    good = []                                                 # kept for the gallery only, the rest is printed and forgotten
     for c in stream:
         if c.error: print(f"expnet: {c.name}: {c.error}", file=sys.stderr)
         else: print(as_line(c) if as_json else as_text(c, sentences), flush=True)

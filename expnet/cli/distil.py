@@ -24,6 +24,6 @@ def distil(teacher: Annotated[Path, typer.Argument(help="The model folder of the
            features: Annotated[Path, typer.Option(help="The folder of the features that the teacher reads. [default: FOLDER]")] = None,
            device: Device = "auto") -> None:
     """Put a model's captions in place of people's in the training split: a data folder OUT that teaches others."""
-    net = load(teacher, pick_device(device))
+    net = load(teacher, pick_device(device))                  # checked before anything is written
     with Counting("captions") as watch: report = make_folder(net, folder, out, beam, batch_size, features, watch)
     console.print(f"{report}\nnext: expnet train {out} --out STUDENT --model {type(net).__name__} --start {teacher} --K 2")

@@ -44,9 +44,10 @@ def leave(out: Path, scores: Scores, captions: Mapping[str, str], items: Sequenc
 def worst_and_best(path: Path, scores: Scores, captions: Mapping[str, str], items: Sequence[Item], n: int = 4) -> bool:
     """Draw the `n` worst and `n` best pictures by CIDEr-D to `path`; False if there is no such score or no picture."""
     from expnet.plot import show_scored
-    by_id = {item.id: item for item in items if Path(item.path).is_file()}
+    by_id = {item.id: item for item in items if Path(item.path).is_file()}  # features may have come without their pictures
     if "CIDEr-D" not in scores.totals or len(by_id) < len(items): return False
     n = min(n, len(items))
+    # the best row from left to right as well: worst of the best first
     names = scores.worst("CIDEr-D", n) + scores.worst("CIDEr-D", n, best=True)[::-1]
     show_scored([read_image(by_id[name].path) for name in names], [captions[name] for name in names],
                 [by_id[name].captions for name in names], [scores.per_image[name]["CIDEr-D"] for name in names], "CIDEr-D",
@@ -81,12 +82,13 @@ def evaluate(model: ModelFolder, folder: Folder, split: Split = "test",
     where, items = pick_device(device), data.of(split)[:limit]
     net, read = load(model, where), reader(tokenizer)
     how = dict(metrics=pick(metrics.split(",")), tokenizer=read)
-    if "vocabulary" in how["metrics"]:
+    if "vocabulary" in how["metrics"]:                        # habits are asked for: then also how many captions are not the training's
         how["metrics"]["novel"] = novelty([read(text) for item in of_split(data.items, "train") for text in item.captions])
     rule = collapse if collapse_words else None
     with Counting("captions") as watch: said, scores = evaluate_split(net, data, split, Beam(beam), limit, watch, rule=rule, **how)
     rows, captions = {f"beam {beam}": scores}, {c.name: c.captions[0] for c in said}
     if samples:
+        # a generator of its own: the seed decides, whatever was drawn before
         draw = Sample(samples, temperature, generator=torch.Generator(where).manual_seed(seed))
         with Counting("samples") as watch: drawn, _ = evaluate_split(net, data, split, draw, limit, watch, metrics={})
         asked = {name: metric for name, metric in how["metrics"].items() if name not in (*HABITS, "novel")}   # no best habit
@@ -95,7 +97,7 @@ def evaluate(model: ModelFolder, folder: Folder, split: Split = "test",
     if not out: return
     leave(out, scores, captions, items)
     if samples: write_json(out / "samples.json", {c.name: c.captions for c in drawn})
-    for name in list(rows)[1:]: rows[name].save(out / f"{name.split()[0]}.json")
+    for name in list(rows)[1:]: rows[name].save(out / f"{name.split()[0]}.json")  # best.json, mean.json, diversity.json
 
 def show(rows: Mapping[str, Scores]) -> None:
     """Print the scores as a table, diversity as one of its own, and the notes."""
@@ -113,7 +115,7 @@ def score(captions: Annotated[Path, typer.Argument(help="A COCO result file: a l
     said, items = read_results(captions), read_references(references, split)
     if partial:
         items, missing = part_of(items, said)
-        if missing: console.print(f"{missing:,} pictures have no caption and are left out")
+        if missing: console.print(f"{missing:,} pictures have no caption and are left out")  # told, for it makes the numbers incomparable
     rule = collapse if collapse_words else None
     scores = evaluate_captions(said, items, pick(metrics.split(",")), reader(tokenizer), rule)
     show({captions.stem: scores})
@@ -127,6 +129,7 @@ def compare(a: Run, b: Run, metrics: Annotated[str, typer.Option(help="Comma-sep
             samples: Annotated[int, typer.Option(min=100, help="Drawn sets of pictures.")] = 1000, seed: int = 0) -> None:
     """Difference of run B to run A in every metric, with its 95 % interval (paired bootstrap over the pictures)."""
     first, second = (Scores.load(path / "scores.json" if path.is_dir() else path) for path in (a, b))
+    # the vocabulary, say, is a number of the whole set: it has no interval
     there = [name for name in first.totals if name in second.totals and any(name in values for values in first.per_image.values())]
     wanted = metrics.split(",") if metrics else there
     if not wanted: raise UserError(f"{a} and {b} have no metric in common")

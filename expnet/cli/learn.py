@@ -38,12 +38,12 @@ class Training(Counting):
         kind = event["event"]
         if kind == "step":
             self.pictures += event["pictures"]
-            rate = self.pictures / max(time.time() - self.began, 1e-9)
+            rate = self.pictures / max(time.time() - self.began, 1e-9)  # the mean since the phase began: a short pause does not shake it
             note = f"loss {event['loss']:.3f}  {rate:.0f} pictures/s  {memory()}  waiting {event['waiting']:.0%}"
             self.bar.update(self.task, completed=event["step"], total=event["total"], note=note)
         elif kind == "features": self.count(event["done"], event["total"])
         elif kind == "phase":
-            self.pictures, self.began = 0, time.time()
+            self.pictures, self.began = 0, time.time()        # a new phase counts afresh
             self.bar.reset(self.task, description=event["phase"].name, note="")
             console.print(phase_line(**event))
         else: console.print(event["text"] if kind == "note" else epoch_line(event))

@@ -39,18 +39,18 @@ def import_model(checkpoint: Annotated[Path, typer.Argument(help="The published 
                  strict: Annotated[bool, typer.Option(help="Refuse a file that lacks weights, instead of drawing them.")] = True,
                  kind: Annotated[str, typer.Option(help="ExpansionNet, or of a tutorial: ShowTell, ShowAttendTell.")] = "ExpansionNet") -> None:
     """Turn a published ExpansionNet v2 checkpoint, or that of a tutorial, into a model folder."""
-    if kind == "ShowTell" and backbone: model, report = import_show_tell(checkpoint, backbone, vocab)
+    if kind == "ShowTell" and backbone: model, report = import_show_tell(checkpoint, backbone, vocab)  # yunjey's encoder is a file of its own
     elif kind == "ShowAttendTell": model, report = import_show_attend_tell(checkpoint, vocab)
     elif kind == "ExpansionNet": model, report = import_official(checkpoint, vocab, numbers(static), heads, backbone, as_original, strict)
     else: raise UserError(f"kind {kind!r}: ExpansionNet, ShowAttendTell, or ShowTell with --backbone ENCODER")
-    console.print(str(report))
+    console.print(str(report))                                # which tensors were used, drawn or left over, before anything is saved
     save_model(out, model)
     console.print(f"written: {out}" + ("" if model.backbone else "  (no backbone: it can caption stored features, but not pictures)"))
 
 # %% ../../nbs/deploy/76_import_command.ipynb #export
 def only_expansionnet(folder: Path) -> ExpansionNet:
     """The ExpansionNet in the model `folder`; UserError for another kind of captioner."""
-    model = load(folder)
+    model = load(folder)                                      # whichever class config.json names
     if isinstance(model, ExpansionNet): return model
     raise UserError(f"{folder}: is a {type(model).__name__}, and only an ExpansionNet has a published form")
 
@@ -68,6 +68,6 @@ def export_model(model: ModelFolder, checkpoint: Annotated[Path, typer.Argument(
 def transfer_model(model: ModelFolder, vocab: Annotated[Path, typer.Argument(help="The vocab.json of the new task.")], out: Out,
                    max_len: Annotated[int, typer.Option(min=2, help="Positions, SOS and EOS counted. [default: as before]")] = None) -> None:
     """Give a model another vocabulary; words that both have keep what they learned."""
-    net, carried = transfer(only_expansionnet(model), Vocab.load(vocab), max_len)
+    net, carried = transfer(only_expansionnet(model), Vocab.load(vocab), max_len)  # rows of the word tables, moved by their word
     save_model(out, net)
     console.print(f"{carried}\nwritten: {out}")

@@ -29,14 +29,15 @@ def quickstart(out: Annotated[Path, typer.Option(help="Everything is written her
                pictures: Annotated[int, typer.Option(help="Training pictures to draw.")] = 6000, epochs: int = None,
                device: Device = "cpu") -> None:
     """Draw a world, learn to caption it, score the captions and show them: minutes, no GPU, nothing downloaded."""
-    began, how, device = time.time(), recipe("tiny"), str(pick_device(device))
+    began, how, device = time.time(), recipe("tiny"), str(pick_device(device))  # the processor by default: the promise is "no GPU"
     how = how.change(seed=seed, **({} if epochs is None else {"epochs": epochs}))
     data_folder, model_folder = out / "data", out / "model"
-    asked = {"pictures": pictures, "seed": seed, "epochs": epochs}
+    asked = {"pictures": pictures, "seed": seed, "epochs": epochs}  # what a second call must not change, or it would go on with another world
     if (out / "quickstart.json").exists() and (before := read_json(out / "quickstart.json")) != asked:
         raise UserError(f"{out}: holds a quickstart with other numbers ({before}): choose another --out")
     write_json(out / "quickstart.json", asked)
     console.print(f"[bold]draw a world[/bold] of {pictures:,} training pictures, five captions each")
+    # a second call goes on where the first was stopped
     if not (data_folder / "items.jsonl").exists(): console.print(prepare_world(data_folder, n_train=pictures, seed=seed))
     with Training("training") as watch: train_recipe(data_folder, model_folder, how, device, watch, backbone=make_backbone("shapes"))
     console.print("[bold]test on pictures never seen[/bold], beam 3")
@@ -49,6 +50,7 @@ def report(out: Path, data_folder: Path, model_folder: Path, how: Recipe, device
     """Print the scores after each phase and of the last model on three test sets; write scores.json and gallery.png into `out`."""
     data, model = open_data(data_folder), load(model_folder, device)
     names = [phase.name for phase in how.phases if isinstance(phase, Phase)]
+    # every phase keeps its best model, so that it can be asked again
     rows = {f"after {name}": evaluate_split(load(model_folder / name, device), data)[1] for name in names[:-1]}
     results = {name: evaluate_split(model, data, split) for split, name in SETS.items()}
     console.print(table(rows | {name: scores for name, (_, scores) in results.items()}))

@@ -45,7 +45,7 @@ class Limits:
 # %% ../../nbs/deploy/82_serve_command.ipynb #number
 def number(given: Mapping[str, str], name: str, low: float, high: float, default: float) -> float:
     """The number `name` of `given`, of the type of `default`; UserError if it is no number from `low` to `high`."""
-    try: value = type(default)(given.get(name, default))
+    try: value = type(default)(given.get(name, default))      # int or float, as the default is
     except ValueError: value = None
     if value is None or not low <= value <= high: raise UserError(f"{name} {given[name]!r}: a number from {low:g} to {high:g}")
     return value
@@ -62,7 +62,8 @@ def received(data: bytes, limits: Limits = Limits()) -> Image.Image:
     """The picture in the bytes `data` as upright RGB; BadImage says why there is none, or that it is too large."""
     with TemporaryDirectory() as home:
         path = Path(home) / "picture"
-        path.write_bytes(data)
+        path.write_bytes(data)                                # through a file: the same checks as for every picture of the package
+        # the head of a file names its size; unpacking a bomb would be too late
         if pixels_claimed(path) > limits.megapixels * 1e6: raise BadImage("picture", f"too large: at most {limits.megapixels:g} megapixels are read")
         return read_image(path)
 
@@ -78,9 +79,9 @@ def pixels_claimed(path: Path) -> float:
 def describe(model: Captioner, image: Image.Image, how: Beam | Sample) -> dict:
     """The captions of an RGB image as JSON can hold them: text, score, words with log-probabilities, and a map [N] for each word."""
     prepare, weight = model.backbone.prepare, next(model.backbone.parameters())
-    memory = model.encode(prepare(image)[None].to(weight.device, weight.dtype))
+    memory = model.encode(prepare(image)[None].to(weight.device, weight.dtype))  # [1, N, D]
     hyps = decode(model, memory, how, rules=[words_only(model.vocab)], look=True)
-    maps = hyps.aux.get("attention", torch.zeros(1, hyps.score.shape[1], 0, 0))[0]
+    maps = hyps.aux.get("attention", torch.zeros(1, hyps.score.shape[1], 0, 0))[0]  # [n, L, N]; a model without attention has none to show
     return as_answer(collect(["picture"], hyps, model.vocab)[0], maps.tolist(), prepare.resize == "crop")
 
 def as_answer(said: Captioned, maps: list[list[list[float]]], crop: bool) -> dict:
@@ -121,7 +122,7 @@ async def body_of(request, most: float) -> bytes:
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size <= most: parts.append(part)
+        if size <= most: parts.append(part)                   # read to its end even if too large: a browser shows an answer only then
     if size > most: raise UserError(f"{size / 1e6:.1f} megabytes: at most {most / 1e6:g} are read")
     return b"".join(parts)
 
@@ -136,18 +137,21 @@ def application(desk: Desk, hosts: Sequence[str] = LOOPBACK):
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
+    # one picture at a time: two would share the same cores
     page, turn = files("expnet.cli").joinpath("serve.html").read_text(encoding="utf-8"), CapacityLimiter(1)
 
     async def caption(request):
         try:
-            data = await body_of(request, desk.limits.megabytes * 1e6)
+            data = await body_of(request, desk.limits.megabytes * 1e6)  # uploads may overlap
             return JSONResponse(await to_thread.run_sync(desk.answer, data, request.query_params, limiter=turn))
         except BadImage as error: return JSONResponse({"error": error.reason}, 422)
         except (UserError, FloatingPointError) as error: return JSONResponse({"error": str(error)}, 422)
 
     async def about(request): return JSONResponse(desk.about())
     async def front(request): return HTMLResponse(page)
+    # the page, what it may choose from, and the one thing it does
     routes = [Route("/", front), Route("/about", about), Route("/caption", caption, methods=["POST"])]
+    # a page of another site cannot reach this one under a name of its own
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))])
 
 # %% ../../nbs/deploy/82_serve_command.ipynb #listening
@@ -177,6 +181,6 @@ def serve(models: Annotated[list[Path], typer.Argument(help="Model folders or ex
     try: import uvicorn
     except ImportError as error: raise UserError("serve needs two more packages: pip install 'expnet[serve]'") from error
     desk = Desk({str(path): Runtime(path) if is_artefact(path) else load(path, pick_device(device)) for path in models}, Limits(megabytes, megapixels))
-    place, hosts = listening(host, port), LOOPBACK if host in LOOPBACK else ("*",)
+    place, hosts = listening(host, port), LOOPBACK if host in LOOPBACK else ("*",)  # the port is taken before the address is printed
     print(f"open http://{host}:{place.getsockname()[1]} (stop with Ctrl-C)", flush=True)
     uvicorn.Server(uvicorn.Config(application(desk, hosts), log_level="warning")).run(sockets=[place])

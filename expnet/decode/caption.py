@@ -20,7 +20,7 @@ from ..tools import UserError
 # %% ../../nbs/decode/27_caption.ipynb #as-sentence
 def as_sentence(text: str) -> str:
     """A caption as a sentence: one line, first letter large, full stop; "" if it has no word."""
-    words = " ".join(text.split())
+    words = " ".join(text.split())                            # no line breaks, whatever the vocabulary holds
     return f"{words.capitalize()}." if words else ""
 
 # %% ../../nbs/decode/27_caption.ipynb #caption-stream
@@ -37,8 +37,9 @@ def caption_stream(model: Captioner, images: Picture | Iterable[Picture], how: G
     rules, weight = [words_only(model.vocab)] if rules is None else rules, next(model.backbone.parameters())
     prepare = model.backbone.prepare
     def say(names: Sequence[str], seen: Sequence[torch.Tensor]) -> list[Captioned]:
-        memory = model.encode(torch.stack(seen).to(weight.device, weight.dtype))
+        memory = model.encode(torch.stack(seen).to(weight.device, weight.dtype))  # [B, 3, S, S] in the precision of the weights
         return collect(names, decode(model, memory, how, max_len, rules), model.vocab)
+    # which reads the next batch while this one is captioned
     yield from captioned(images, prepare, say, batch_size, on_bad, prepare.as_original if as_original is None else as_original)
 
 # %% ../../nbs/decode/27_caption.ipynb #caption
@@ -54,7 +55,7 @@ def caption_stored(model: Captioner, store: Store, ids: Sequence[str], how: Gree
     """Captions of the pictures `ids`, whose regions are in `store`; watch(done, total) is called after each batch."""
     rules, device, results = [words_only(model.vocab)] if rules is None else rules, next(model.parameters()).device, []
     for part in batched(ids, batch_size):
-        x, mask = (torch.from_numpy(a).to(device) for a in store.read(part))
+        x, mask = (torch.from_numpy(a).to(device) for a in store.read(part))  # [B, N, D] and [B, N]
         results += collect(part, decode(model, model.encode(x, mask), how, max_len, rules), model.vocab)
         if watch: watch(len(results), len(ids))
     return results

@@ -18,6 +18,7 @@ from ..tools import UserError
 # %% ../../nbs/decode/28_ensemble.ipynb #mean-probability
 def mean_probability(logp: Sequence[Tensor], log_weights: Tensor) -> Tensor:
     """The logarithm of the weighted mean of probabilities: logp, one [..., V] a member, log_weights [members] -> [..., V]."""
+    # log Σ exp(logp + log weight), without leaving the logarithm
     return torch.stack([part + weight for part, weight in zip(logp, log_weights)]).logsumexp(0)
 
 # %% ../../nbs/decode/28_ensemble.ipynb #Ensemble
@@ -27,20 +28,21 @@ class Ensemble(Captioner):
     UserError if the members differ in vocabulary or in K, or if the weights are unusable."""
     def __init__(self, members: Sequence[Captioner], weights: Sequence[float] | None = None):
         check_members(members, weights)
-        super().__init__(members[0].vocab, min(m.max_len for m in members))
+        super().__init__(members[0].vocab, min(m.max_len for m in members))  # the shortest memory limits all
         self.K, self.members = members[0].K, nn.ModuleList(members)
         if all(m.backbone is not None for m in members): self.backbone = Eyes(members)
+        # divided in float64, so that a hundred equal weights still sum to 1
         w = torch.tensor([1.] * len(members) if weights is None else weights, dtype=torch.float64)
         self.register_buffer("log_weights", (w / w.sum()).log().float())
 
     def encode(self, x: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor | None] | None = None) -> Memory:
         """Memory of the members' memories. x, mask: one for all members, or a list with one for each; or packed by `Eyes`."""
-        if isinstance(x, Tensor) and x.ndim == 2: x = self.backbone.unpack(x)
+        if isinstance(x, Tensor) and x.ndim == 2: x = self.backbone.unpack(x)  # pixels for all backbones in one vector, see `Eyes`
         if isinstance(x, Tensor): x = [x] * len(self.members)
         if mask is None or isinstance(mask, Tensor): mask = [mask] * len(self.members)
         if not len(x) == len(mask) == len(self.members): raise UserError(f"{len(x)} inputs for {len(self.members)} members")
         memories = [member.encode(*given) for member, given in zip(self.members, zip(x, mask))]
-        return Memory(memories[0].x, memories[0].mask, memories)
+        return Memory(memories[0].x, memories[0].mask, memories)  # searches ask x for the number of pictures, the members ask their own
 
     def start(self, memory: Memory) -> list[Any]:
         """The members' states."""
@@ -56,6 +58,7 @@ class Ensemble(Captioner):
     def forward(self, memory: Memory, tokens: Tensor) -> Tensor:
         """Teacher forcing: log-probabilities [R, T, V] after each of tokens [R, T]."""
         logits = [member(part, tokens) for member, part in zip(self.members, memory.cache)]
+        # logits have no common zero: only probabilities can be averaged
         return mean_probability([x.log_softmax(-1) for x in logits], self.log_weights)
 
 # %% ../../nbs/decode/28_ensemble.ipynb #check-members
@@ -74,6 +77,7 @@ def check_members(members: Sequence[Captioner], weights: Sequence[float] | None)
 # %% ../../nbs/decode/28_ensemble.ipynb #mean-maps
 def mean_maps(maps: Sequence[dict[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
     """The weighted mean of the maps that all members have in one shape."""
+    # a Swin's 144 regions and a ResNet's 49 cannot be laid on each other
     shared = [name for name, x in maps[0].items() if all(name in m and m[name].shape == x.shape for m in maps)]
     return {name: sum(m[name] * w for m, w in zip(maps, weights)) for name in shared}
 
@@ -97,5 +101,5 @@ class Eyes(nn.Module):
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """Packed pictures [B, sum of 3·size²] -> one [B, 3, size, size] a member."""
-        parts = packed.split([3 * how.size**2 for how in self.each], 1)
+        parts = packed.split([3 * how.size**2 for how in self.each], 1)  # the members may want pictures of different sizes
         return [part.unflatten(1, (3, how.size, how.size)) for part, how in zip(parts, self.each)]

@@ -39,12 +39,13 @@ def proportion(scores: Tensor) -> Tensor:
 # %% ../../nbs/decode/25_cache.ipynb #static-explicit
 def static_explicit(block: StaticExpansion, x: Tensor, mask: Tensor) -> Tensor:
     """Static expansion of regions x [B, N, D] with mask [B, N], every expansion vector built."""
-    key, a, b, selector = parts(block.project, x)
-    query, bias = table(block.query, len(x)), table(block.bias, len(x))
+    key, a, b, selector = parts(block.project, x)             # each [B, N, D]
+    query, bias = table(block.query, len(x)), table(block.bias, len(x))  # the published code copies both tables for every picture: [B, M, D]
+    # z [B, M, N]: how much vector m likes region n; hidden regions give and take nothing
     z, hidden, out = query @ key.transpose(1, 2) / sqrt(x.shape[-1]), ~mask[:, None].expand(-1, query.shape[1], -1), []
     for signed, values in ((z, a), (-z, b)):
-        vectors = proportion(F.relu(signed).masked_fill(hidden, 0.0)) @ values + bias
-        back = F.relu(signed.transpose(1, 2)).split(block.groups, -1)
+        vectors = proportion(F.relu(signed).masked_fill(hidden, 0.0)) @ values + bias  # forward: [B, M, D], one vector for each query
+        back = F.relu(signed.transpose(1, 2)).split(block.groups, -1)  # backward: [B, N, M], a group of vectors at a time
         out.append(torch.cat([proportion(part) for part in back], -1) @ vectors / len(block.groups))
     gate = torch.sigmoid(selector)
     return gate * out[0] + (1 - gate) * out[1]
@@ -52,12 +53,12 @@ def static_explicit(block: StaticExpansion, x: Tensor, mask: Tensor) -> Tensor:
 # %% ../../nbs/decode/25_cache.ipynb #dynamic-explicit
 def dynamic_explicit(block: DynamicExpansion, x: Tensor, keep: Tensor) -> Tensor:
     """Dynamic expansion of words x [R, L, D] with keep [R, L, L], all L·E queries, biases and vectors built."""
-    cond, key, a, b, selector = parts(block.project, x)
-    query = (table(block.query, len(x))[:, None] + cond[:, :, None]).flatten(1, 2)
+    cond, key, a, b, selector = parts(block.project, x)       # each [R, L, D]
+    query = (table(block.query, len(x))[:, None] + cond[:, :, None]).flatten(1, 2)  # every word asks with its own copy of the E queries: [R, L·E, D]
     bias = (table(block.bias, len(x))[:, None] + cond[:, :, None]).flatten(1, 2)
     z, size, out = query @ key.transpose(1, 2) / sqrt(x.shape[-1]), len(block.query), []
-    forward = keep[:, :, None].expand(-1, -1, size, -1).flatten(1, 2)
-    backward = keep[..., None].expand(-1, -1, -1, size).flatten(2)
+    forward = keep[:, :, None].expand(-1, -1, size, -1).flatten(1, 2)  # the vectors of word s take from the words that s may see,
+    backward = keep[..., None].expand(-1, -1, -1, size).flatten(2)  # and word t takes from the vectors of the words that t may see
     for signed, values in ((z, a), (-z, b)):
         vectors = proportion(F.relu(signed).masked_fill(~forward, 0.0)) @ values + bias
         out.append(proportion(F.relu(signed.transpose(1, 2)).masked_fill(~backward, 0.0)) @ vectors)
@@ -69,16 +70,16 @@ def attend_again(cross: CrossAttention, y: Tensor, x: Tensor, mask: Tensor) -> T
     """Words y [R, L, D] look at their own copy of the regions x [R, N, D], whose keys and values are projected anew."""
     query, key, value = (cross.split(layer(v)) for layer, v in ((cross.query, y), (cross.key, x), (cross.value, x)))
     scores = query @ key.transpose(-1, -2) / sqrt(key.shape[-1])
-    hidden = ~mask[:, None, None].expand(-1, cross.heads, y.shape[1], -1)
+    hidden = ~mask[:, None, None].expand(-1, cross.heads, y.shape[1], -1)  # -1e4 as published: a row without regions stays finite
     return cross.out((scores.masked_fill(hidden, -1e4).softmax(-1) @ value).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/decode/25_cache.ipynb #with-torchs-layers
 def with_torchs_layers(model: ExpansionNet) -> ExpansionNet:
     """A model of the same weights, shared with `model`, in which torch's own linear layers multiply, as in the published code."""
-    shared = [*model.parameters(), *model.buffers(), model.vocab, model.backbone]
+    shared = [*model.parameters(), *model.buffers(), model.vocab, model.backbone]  # deepcopy leaves alone what its memo already knows
     copy = deepcopy(model, {id(part): part for part in shared})
     for name, module in copy.named_modules():
-        if type(module) is Linear and not name.startswith("backbone"): module.__class__ = nn.Linear
+        if type(module) is Linear and not name.startswith("backbone"): module.__class__ = nn.Linear  # same attributes, other `forward`
     return copy
 
 # %% ../../nbs/decode/25_cache.ipynb #Recompute
@@ -105,10 +106,11 @@ class Recompute(Captioner):
     def step(self, memory: Memory, state: Tensor, previous: Tensor, look: bool = False) -> Step:
         """Log-probabilities [R, K, V] after `previous` [R, K]: the last of all positions of the prefix `state` [R, t]."""
         prefix, rows = torch.cat([state, previous], 1), len(previous) // len(memory.x)
+        # the rows of a beam, known at its second step: one copy of the regions for each
         if memory.cache is None or len(memory.cache[0]) != len(previous):
             memory.cache = memory.x.repeat_interleave(rows, 0), memory.mask.repeat_interleave(rows, 0)
         logp = self.all_positions(*memory.cache, prefix).log_softmax(-1)
-        return Step(logp[:, -self.K:], prefix)
+        return Step(logp[:, -self.K:], prefix)                # all positions were computed and all but the last K are thrown away
 
     def all_positions(self, x: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """Logits [R, T, V] for all of tokens [R, T], whose regions are x [R, N, D]."""

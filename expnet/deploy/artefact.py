@@ -23,7 +23,7 @@ from ..data.images import Preprocess, preprocess_from
 from ..tools import UserError, read_json, whole_file
 
 # %% ../../nbs/deploy/70_artefact.ipynb #seal
-ZEROS = "0" * 64
+ZEROS = "0" * 64                                              # stands where config.json will hold its own digest while that is computed
 
 def digest(path: Path) -> str:
     """SHA-256 of the file `path`, hexadecimal."""
@@ -31,13 +31,14 @@ def digest(path: Path) -> str:
 
 def members(folder: Path) -> list[Path]:
     """The files in `folder` that an artefact consists of, `config.json` and hidden ones left out."""
+    # sorted, so that the same files give the same config.json
     return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != "config.json")
 
 def seal(folder: str | Path, config: Mapping[str, Any]) -> None:
     """Write `config` into `folder`/config.json, with the digests of all files there and of itself."""
     folder = Path(folder)
     digests = {path.name: digest(path) for path in members(folder)} | {"config.json": ZEROS}
-    body = json.dumps({**config, "sha256": digests}, indent=1, ensure_ascii=False) + "\n"
+    body = json.dumps({**config, "sha256": digests}, indent=1, ensure_ascii=False) + "\n"  # with zeros for its own digest, which cannot be known yet
     own = hashlib.sha256(body.encode()).hexdigest()
     with whole_file(folder / "config.json") as aside: aside.write_bytes(body.replace(ZEROS, own).encode())
 
@@ -47,7 +48,7 @@ def damaged(folder: str | Path) -> dict[str, str]:
     folder = Path(folder)
     stored = need(read_json(folder / "config.json"), "sha256", dict, str(folder / "config.json"))
     wrong = {} if stored.get("config.json") == own_digest(folder / "config.json", stored) else {"config.json": "its bytes have changed"}
-    for name in sorted(set(stored) - {"config.json"}):
+    for name in sorted(set(stored) - {"config.json"}):        # files that were added do no harm; those that are listed must be whole
         path = folder / name
         if not path.is_file(): wrong[name] = "is missing"
         elif digest(path) != stored[name]: wrong[name] = "its bytes have changed"
@@ -60,7 +61,7 @@ def own_digest(path: Path, stored: Mapping[str, str]) -> str:
 # %% ../../nbs/deploy/70_artefact.ipynb #label
 def field(number: int, content: bytes) -> bytes:
     """`content` as field `number` of a protocol-buffer message."""
-    return varint(number << 3 | 2) + varint(len(content)) + content
+    return varint(number << 3 | 2) + varint(len(content)) + content  # wire type 2: a length and so many bytes
 
 def varint(n: int) -> bytes:
     """The whole number `n` >= 0 in groups of 7 bits, lowest first; the highest bit of each byte says whether more follow."""
@@ -68,8 +69,9 @@ def varint(n: int) -> bytes:
 
 def label(path: str | Path, notes: Mapping[str, str]) -> None:
     """Append `notes` to the metadata of the ONNX file `path`, without reading it."""
+    # ModelProto.metadata_props: StringStringEntryProto key 1, value 2
     pairs = (field(14, field(1, key.encode()) + field(2, value.encode())) for key, value in notes.items())
-    with open(path, "ab") as file: file.write(b"".join(pairs))
+    with open(path, "ab") as file: file.write(b"".join(pairs))  # repeated fields may stand anywhere, also behind the weights of a gigabyte
 
 # %% ../../nbs/deploy/70_artefact.ipynb #Artefact
 FORMAT = 1                                                    # raised when a reader of today would misunderstand
@@ -95,7 +97,7 @@ def understood(config: Any, vocab: Vocab, graphs: Mapping[str, Path], where: str
     if need(config, "vocab", str, where) != vocab.fingerprint:
         raise UserError(f"{where}: made for the vocabulary {config['vocab']}, but the words here are {vocab.fingerprint}")
     for name in ("beam", "preprocess"): need(config, name, dict, where)
-    try: return Artefact(config, vocab, preprocess_from(config["preprocess"]), graphs)
+    try: return Artefact(config, vocab, preprocess_from(config["preprocess"]), graphs)  # the fields of `preprocess` are checked by whoever reads them
     except UserError as error: raise UserError(f"{where}: {error}") from error
 
 # %% ../../nbs/deploy/70_artefact.ipynb #open-artefact
@@ -112,7 +114,7 @@ def open_folder(folder: str | Path) -> Artefact:
     if not folder.is_dir(): raise UserError(f"{folder}: no such artefact folder or .onnx file")
     config, vocab = read_json(folder / "config.json"), Vocab.load(folder / "vocab.json")
     graphs = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
-    for name in need(config, "graphs", list, str(folder / "config.json")):
+    for name in need(config, "graphs", list, str(folder / "config.json")):  # a half-copied folder is noticed here, not at the first picture
         if name not in graphs: raise UserError(f"{folder / name}.onnx: no such file, but config.json lists it")
     return understood(config, vocab, graphs, str(folder / "config.json"))
 
@@ -131,11 +133,12 @@ def write_artefact(folder: str | Path, config: Mapping[str, Any], vocab: Vocab) 
     graphs = sorted(path.stem for path in folder.glob("*.onnx"))
     config = {"format": FORMAT, "expnet": __version__, **config, "vocab": vocab.fingerprint, "graphs": graphs}
     for name in graphs:
+        # so that a graph that was separated from its folder still knows its words
         label(folder / f"{name}.onnx", {"expnet.config": json.dumps(config | {"graphs": [name]}), "expnet.vocab": json.dumps(vocab.words)})
     vocab.save(folder / "vocab.json")
     write_program(folder / "caption.pyz")
     (folder / "requirements.txt").write_text(REQUIREMENTS)
-    seal(folder, config)
+    seal(folder, config)                                      # last: what is sealed is complete
 
 # %% ../../nbs/deploy/70_artefact.ipynb #program
 REQUIREMENTS = "numpy\npillow>=10\nonnxruntime>=1.20\n"
@@ -146,5 +149,5 @@ def write_program(path: str | Path) -> None:
     """Write the runtime to `path` as one file that Python runs: `python caption.pyz photo.jpg`."""
     main = "from expnet.deploy.runtime import main\nmain()\n"
     with whole_file(path) as aside, ZipFile(aside, "w") as archive:
-        archive.writestr(ZipInfo("__main__.py"), main)
+        archive.writestr(ZipInfo("__main__.py"), main)        # ZipInfo has a fixed date: the same code gives the same bytes
         for name in PROGRAM: archive.writestr(ZipInfo(f"expnet/{name}"), (files("expnet") / name).read_bytes())

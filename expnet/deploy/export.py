@@ -29,11 +29,12 @@ from ..tools import UserError
 def backbone_products(path: str | Path) -> list[str]:
     """Names of the operators in the ONNX file `path` that multiply by weights of the backbone: matrix products, or convolutions if there are none."""
     import onnx
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = onnx.load(path, load_external_data=False).graph   # only names are read, the weights stay on the disk
     weights = {tensor.name for tensor in graph.initializer}
+    # the exporter notes from which module an operator comes
     inside = [node for node in graph.node if any("model.backbone" in entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes"))]
     found = {kind: [node.name for node in inside if node.op_type == kind and weights & set(node.input)] for kind in ("MatMul", "Conv")}
-    return found["MatMul"] or found["Conv"]
+    return found["MatMul"] or found["Conv"]                   # of a Swin the matrix products; its one convolution stays as it is
 
 # %% ../../nbs/deploy/69_precisions.ipynb #quantise
 def quantise(path: str | Path, to: str | Path, pixels: Sequence[Tensor] | None = None) -> Path:
@@ -58,7 +59,7 @@ class Examples:
     def __init__(self, pixels: Iterable[Tensor]): self.rest = iter(pixels)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self.rest, None)
+        batch = next(self.rest, None)                         # None ends the calibration
         return None if batch is None else {"pixels": batch.numpy()}
 
 # %% ../../nbs/deploy/69_precisions.ipynb #pixels-of
@@ -71,10 +72,10 @@ def pixels_of(pictures: Picture | Iterable[Picture], prepare: Preprocess) -> Ten
 def compare(path: str | Path, model: Captioner, inputs: dict[str, Tensor], encoder: Encoder, beam_step: BeamStep) -> dict[str, float]:
     """How the one-call graph in file `path` compares with `decode` of `model`: share of equal best sentences, and the largest
     difference of log-probabilities in these. UserError if the file says something that is not finite."""
-    forbidden = beam_step.forbidden.nonzero()[:, 0].tolist()
+    forbidden = beam_step.forbidden.nonzero()[:, 0].tolist()  # the words that the graph never says: PAD, SOS, UNK
     with torch.no_grad(): memory, _ = encoder.see(*inputs.values())
     hyps, found = decode(model, memory, beam_step.how, beam_step.places + 1, [never(forbidden)]), Run(path)(**inputs)
-    tokens, logp = (found[name][:, 0, :hyps.tokens.shape[-1]] for name in ("tokens", "logp"))
+    tokens, logp = (found[name][:, 0, :hyps.tokens.shape[-1]] for name in ("tokens", "logp"))  # the graph's are padded to its longest caption
     if not found["logp"].isfinite().all(): raise UserError(f"{path}: says log-probabilities that are not finite")
     same = (tokens == hyps.tokens[:, 0]).all(-1)
     return {"same": same.float().mean().item(), "logp": (logp - hyps.logp[:, 0])[same].abs().amax().item() if same.any() else float("nan")}
@@ -92,7 +93,7 @@ def export(model: Captioner, folder: str | Path, how: Beam = Beam(5), max_len: i
     if precision not in PRECISIONS: raise UserError(f"precision {precision!r}: {', '.join(PRECISIONS)}")
     if precision == "qdq" and calibration is None: raise UserError("precision 'qdq': needs pictures for its calibration")
     if precision in ("int8", "qdq") and model.backbone is None: raise UserError(f"precision {precision!r}: this captioner has no backbone")
-    model = (deepcopy(model).half() if precision == "fp16" else model).eval()
+    model = (deepcopy(model).half() if precision == "fp16" else model).eval()  # the caller's model keeps its precision
     encoder = Encoder(model, regions)
     beam_step = BeamStep(encoder, how, max_len)
     pixels = None if calibration is None else pixels_of(calibration, model.backbone.prepare)
@@ -109,12 +110,14 @@ def write(folder: Path, encoder: Encoder, beam_step: BeamStep, graphs: Sequence[
     """Write the named graphs into `folder`; returns name -> file."""
     with TemporaryDirectory() as aside:
         parts = {"encoder": encoder, "step": Growing(encoder), "beam_step": beam_step, "begin": Begin(beam_step), "finish": Finish(beam_step)}
+        # caption.onnx is put together from the others
         wanted = set(graphs) | ({"encoder", "beam_step", "begin", "finish"} if "caption" in graphs else set())
         place = lambda name: (folder if name in graphs else Path(aside)) / f"{name}.onnx"
         files = {name: to_onnx(part, place(name)) for name, part in parts.items() if name in wanted and name != "encoder"}
         if "encoder" in wanted:
             files["encoder"] = place("encoder")
             whole = to_onnx(encoder, Path(aside) / "whole.onnx" if precision in ("int8", "qdq") else files["encoder"])
+            # 8 bits are for the backbone, which is five sixths of the weights; the body stays as it is
             if whole != files["encoder"]: quantise(whole, files["encoder"], pixels if pixels is None else pixels.split(1))
         if "caption" in graphs: files["caption"] = one_call(**{n: files[n] for n in ("encoder", "beam_step", "begin", "finish")}, path=folder / "caption.onnx")
         return {name: files[name] for name in graphs}

@@ -45,9 +45,11 @@ def stable_sort(values, stable=None, dim: int = -1, descending: bool = False):
 
 def to_onnx(graph: Graph, path: str | Path) -> Path:
     """Write `graph` to `path` as ONNX with standard operators only; inputs that it does not read are no inputs of the file."""
+    # an axis that occurs in several inputs must have one length in all
     names = sorted({name for each in graph.inputs for name in graph.axes(each).values()})
-    dims = {name: torch.export.Dim(name, min=0 if name == "past" else 1) for name in names}
+    dims = {name: torch.export.Dim(name, min=0 if name == "past" else 1) for name in names}  # the past is empty before the first word
     dynamic = tuple({axis: dims[name] for axis, name in graph.axes(each).items()} for each in graph.inputs)
+    # `torch.export` wants the tensors of *args as a tuple of their own
     plain = sum(p.kind != p.VAR_POSITIONAL for p in inspect.signature(graph.forward).parameters.values())
     dynamic = dynamic[:plain] + ((dynamic[plain:],) if dynamic[plain:] else ())
     with torch.no_grad(), warnings.catch_warnings():
@@ -56,7 +58,7 @@ def to_onnx(graph: Graph, path: str | Path) -> Path:
                                     dynamic_shapes=dynamic, opset_version=OPSET, dynamo=True, verbose=False,
                                     custom_translation_table={torch.ops.aten.sort.stable: stable_sort})
     inputs = program.model.graph.inputs
-    inputs[:] = [value for value in inputs if value.uses()]
+    inputs[:] = [value for value in inputs if value.uses()]   # the pooled captioners, say, never look at the mask
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     program.save(str(path))
     return Path(path)
@@ -74,6 +76,7 @@ class Run:
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Output name -> tensor."""
+        # ONNX Runtime refuses names that the graph lacks
         read = {value.name: tensors[value.name].contiguous().numpy() for value in self.session.get_inputs()}
         return dict(zip(self.outputs, map(torch.from_numpy, self.session.run(None, read))))
 
@@ -102,14 +105,15 @@ class Window(Past):
 
     def append(self, new: Tensor) -> "Window":
         """The window with new [R, K, D] at its end, K places later."""
+        # the same size at every word: what a recorded loop needs
         return Window(torch.cat([self.slots[:, new.shape[1]:], new], 1), self.filled + new.shape[1])
 
 # %% ../../nbs/deploy/68_onnx.ipynb #Layout
 class Layout:
     """How the memory and the state of a captioner lie in lists of named tensors."""
     def __init__(self, memory: Memory, state: Any):
-        cache, self.cache = tree_flatten(() if memory.cache is None else memory.cache)
-        leaves, self.state = tree_flatten(state)
+        cache, self.cache = tree_flatten(() if memory.cache is None else memory.cache)  # the tensors, and the shape of the tree that they came from
+        leaves, self.state = tree_flatten(state)              # a Past counts as one leaf
         self.pasts = [isinstance(leaf, Past) for leaf in leaves]
         self.empty = [leaf.kept[:0, :1].transpose(0, 1) for leaf in leaves if isinstance(leaf, Past)]       # [1, 0, D]
         self.memory_names = ["memory", "mask", *(f"cache_{i}" for i in range(len(cache)))]
@@ -131,7 +135,7 @@ class Layout:
 
     def to_state(self, leaves: Sequence[Tensor], said: Tensor | None = None) -> Any:
         """The state whose `from_state` is `leaves`; with `said` its pasts are windows filled so far."""
-        rows = [x.flatten(0, 1) for x in leaves]
+        rows = [x.flatten(0, 1) for x in leaves]              # [B·width, ...], as the captioner knows them
         past = (lambda x: Past(x.transpose(0, 1))) if said is None else (lambda x: Window(x, said))
         return tree_unflatten([past(x) if grows else x for x, grows in zip(rows, self.pasts)], self.state)
 

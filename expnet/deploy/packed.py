@@ -22,7 +22,7 @@ class PackedLinear(nn.Module):
     """x Wᵀ + b in float32 on a CPU, from weights W [out, in] that lie in oneDNN's own order. It cannot be trained or saved."""
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # once; oneDNN would do it at every call
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,9 +34,11 @@ class PackedStatic(nn.Module):
     """A static expansion block in evaluation: scores and values in one packed product, the bias table in another."""
     def __init__(self, block: StaticExpansion):
         super().__init__()
+        # key, two values, selector: each [D, D] and [D]
         (key, *weights), (offset, *biases) = block.project.weight.chunk(4), block.project.bias.chunk(4)
-        query = block.query / sqrt(len(key))
+        query = block.query / sqrt(len(key))                  # [M, D]
         self.groups, self.sizes = block.groups, [len(query), *map(len, biases)]
+        # query · (W x + b) = (query W) x + query · b: no keys are ever made
         self.project = PackedLinear(torch.cat([query @ key, *weights]), torch.cat([query @ offset, *biases]))
         self.bias = PackedLinear(block.bias.T.contiguous(), None)
 
@@ -48,7 +50,8 @@ class PackedStatic(nn.Module):
 
     def path(self, z: Tensor, values: Tensor) -> Tensor:
         """One sign of the scores: z [B, N, M] >= 0, values [B, N, D] -> [B, N, D]."""
-        back = torch.cat([normalise(part) for part in z.split(self.groups, -1)], -1)
+        back = torch.cat([normalise(part) for part in z.split(self.groups, -1)], -1)  # [B, N, M]
+        # from the left: [B, N, N] is smaller than [B, M, D] where M is large
         return (back @ normalise(z.transpose(1, 2)) @ values + self.bias(back)) / len(self.groups)
 
 # %% ../../nbs/deploy/67_packed.ipynb #pack
@@ -58,7 +61,7 @@ def pack(model: Captioner) -> Captioner:
     first = next(model.parameters())
     if first.device.type != "cpu" or first.dtype != torch.float32: raise UserError(f"pack: needs float32 weights on a CPU, not {first.dtype} on {first.device}")
     if not torch.backends.mkldnn.is_available(): raise UserError("pack: this PyTorch was built without oneDNN")
-    packed = deepcopy(model, {id(model.backbone): model.backbone}).eval()
+    packed = deepcopy(model, {id(model.backbone): model.backbone}).eval()  # the backbone is shared, not copied
     exchange(packed)
     return packed
 

@@ -46,7 +46,7 @@ class Session:
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs for `values`, both OrtValues by name; of `values`, only what the graph asks for is used."""
-        given = {name: values[name] for name in self.inputs}
+        given = {name: values[name] for name in self.inputs}  # a graph asks for what it reads, the rest stays with the caller
         return dict(zip(self.outputs, self.session.run_with_ort_values(self.outputs, given)))
 
 # %% ../../nbs/deploy/71_runtime.ipynb #first-values
@@ -54,11 +54,12 @@ KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int
 
 def first_values(declared: Mapping[str, tuple[Sequence, type]], memory: Mapping[str, np.ndarray | None], batch: int, sos: int) -> dict[str, np.ndarray]:
     """The inputs of a beam step (declared: name -> shape, type) that change from word to word, as they are before the first."""
+    # what the loop carries: tokens, sums, states, pasts
     changing = {name: x for name, x in declared.items() if name not in memory or name.startswith("state_")}
     values = {name: np.zeros([n if type(n) is int and n >= 0 else batch for n in shape], kind) for name, (shape, kind) in changing.items()}
     for name in values.keys() & memory.keys(): values[name][...] = memory[name][:, None]
-    values["tokens"] += sos
-    values["total"][:, 1:] = -np.inf
+    values["tokens"] += sos                                   # so far zeros
+    values["total"][:, 1:] = -np.inf                          # only the first row of a beam is real before the first word
     return values
 
 # %% ../../nbs/deploy/71_runtime.ipynb #host-loop
@@ -70,9 +71,9 @@ class Found(NamedTuple):
 
 def chosen(last: Mapping[str, np.ndarray], pad: int) -> Found:
     """The sentences that the outputs of the last step name as the best."""
-    said, place = int(last["next_pos"]), last["place"]
+    said, place = int(last["next_pos"]), last["place"]        # words said; which rows the search chose, best first
     tokens, logp = (np.take_along_axis(last[name], place[..., None], 1)[..., -said:] for name in ("next_tokens", "next_logp"))
-    longest = (tokens != pad).sum(-1).max()
+    longest = (tokens != pad).sum(-1).max()                   # [B, n, L]: no column of padding at the end
     return Found(tokens[..., :longest], logp[..., :longest], last["score"])
 
 def host_loop(encoder: Session, step: Session, pixels: np.ndarray, vocab: Vocab) -> Found:
@@ -81,10 +82,11 @@ def host_loop(encoder: Session, step: Session, pixels: np.ndarray, vocab: Vocab)
     memory = encoder({"pixels": ort_value(pixels)})
     declared = {name: (x.shape, KINDS[x.type]) for name, x in step.inputs.items()}
     first = first_values(declared, {name: x.numpy() for name, x in memory.items()}, len(pixels), vocab.sos)
-    values = memory | {name: ort_value(x) for name, x in first.items()}
+    values = memory | {name: ort_value(x) for name, x in first.items()}  # memory once a picture, it never changes
     while True:
         out = step(values)
         if out["next_done"].numpy().all(): return chosen({name: x.numpy() for name, x in out.items() if "past" not in name}, vocab.pad)
+        # outputs become inputs and stay where ONNX Runtime put them
         values |= {name.removeprefix("next_"): x for name, x in out.items() if name.startswith("next_")}
 
 # %% ../../nbs/deploy/71_runtime.ipynb #Deployed
@@ -115,6 +117,7 @@ class Runtime(Deployed):
     def __init__(self, path: str | Path, route: str | None = None, threads: int | None = None, providers: Sequence[str] = PROVIDERS):
         path, self.graphs = Path(path), {}
         if path.is_file(): self.graphs = {path.stem: Session(path, threads, providers)}
+        # a lone file carries words and settings in its notes
         super().__init__(open_notes(self.graphs[path.stem].notes, path) if path.is_file() else open_folder(path))
         self.route = find_route(self.artefact.graphs, route, path)
         for name in ROUTES[self.route]:
@@ -131,7 +134,7 @@ class Runtime(Deployed):
 def find_route(graphs: Iterable[str], route: str | None, where: str | Path) -> str:
     """The first of ROUTES (or `route`) whose graphs are there; UserError says what is missing."""
     if route is not None and route not in ROUTES: raise UserError(f"route {route!r}: {' or '.join(ROUTES)}")
-    for name in ROUTES if route is None else [route]:
+    for name in ROUTES if route is None else [route]:         # the first that can go, in the order of ROUTES
         if set(ROUTES[name]) <= set(graphs): return name
     needed = " or ".join(" with ".join(f"{graph}.onnx" for graph in ROUTES[name]) for name in ([route] if route else ROUTES))
     raise UserError(f"{where}: captions need {needed}; here is {', '.join(f'{graph}.onnx' for graph in graphs) or 'no graph'}")
@@ -146,7 +149,7 @@ def first_difference(found: Found, golden: Found, vocab: Vocab) -> str:
     """Where the tokens of `found` leave those of `golden`, in words; "" if they never do."""
     for picture, (ours, theirs) in enumerate(zip(found.tokens.tolist(), golden.tokens.tolist(), strict=True)):
         for place, (row, wanted) in enumerate(zip(ours, theirs, strict=True)):
-            longest = max(len(row), len(wanted))
+            longest = max(len(row), len(wanted))              # a caption that is longer differs where the other has ended
             row, wanted = (x + [vocab.pad] * (longest - len(x)) for x in (row, wanted))
             for step, (word, right) in enumerate(zip(row, wanted), 1):
                 if word != right: return f"picture {picture}, caption {place}, step {step}: {vocab.words[word]!r} instead of {vocab.words[right]!r}"
@@ -156,6 +159,7 @@ def golden_of(folder: Path) -> tuple[np.ndarray, Found]:
     """The golden pictures in `folder` and what must be found on them."""
     path = folder / "golden.npz"
     try:
+        # an array file could otherwise run code
         with np.load(path, allow_pickle=False) as stored: return stored["pixels"], Found(*(stored[name] for name in Found._fields))
     except FileNotFoundError as error: raise UserError(f"{path}: no such file") from error
     except Exception as error: raise UserError(f"{path}: not a file of golden pictures ({error})") from error
@@ -166,9 +170,10 @@ def verify(folder: str | Path, threads: int | None = None, providers: Sequence[s
     folder = Path(folder)
     if folder.is_file(): raise UserError(f"{folder}: one file has no golden pictures; verify needs the folder")
     if not folder.is_dir(): raise UserError(f"{folder}: no such artefact folder")
-    known_format(read_json(folder / "config.json"), str(folder / "config.json"))
+    known_format(read_json(folder / "config.json"), str(folder / "config.json"))  # first, for a newer format may be sealed in another way
     for name, why in damaged(folder).items(): raise UserError(f"{folder / name}: {why}: this is not the artefact that was sealed")
     (pixels, golden), opened, lines = golden_of(folder), open_folder(folder), ["every file is whole"]
+    # every way that this folder can speak must say the same
     for route in (route for route, names in ROUTES.items() if set(names) <= set(opened.graphs)):
         found = Runtime(folder, route, threads, providers).search(pixels)
         apart = np.abs(found.score - golden.score).max()

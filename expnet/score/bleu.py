@@ -23,7 +23,7 @@ def matches(hyp: Sequence, refs: Sequence[Sequence], n: int) -> int:
     """How many n-grams of `hyp` stand in `refs`, each counted at most as often as in the reference that has it most."""
     found = ngrams(hyp, n)
     counts = [ngrams(ref, n) for ref in refs]
-    return sum(min(count, max(ref.get(gram, 0) for ref in counts)) for gram, count in found.items())
+    return sum(min(count, max(ref.get(gram, 0) for ref in counts)) for gram, count in found.items())  # clipped: "the the the" matches one "the" once
 
 # %% ../../nbs/score/30_bleu.ipynb #closest
 def closest(length: int, lengths: Sequence[int]) -> int:
@@ -37,9 +37,9 @@ TINY, SMALL = 1e-15, 1e-9  # added above and below every fraction, as in pycocoe
 def geometric(matched: np.ndarray, length: np.ndarray, reference: np.ndarray, guessed: np.ndarray) -> np.ndarray:
     """BLEU-1..n [..., n] from matched and guessed n-gram counts [..., n], caption length [...] and reference length [...]."""
     share = (matched + TINY) / (guessed + SMALL)
-    mean = np.cumprod(share, -1) ** (1 / np.arange(1, share.shape[-1] + 1))
+    mean = np.cumprod(share, -1) ** (1 / np.arange(1, share.shape[-1] + 1))  # of the first 1, 2, ..., n shares
     ratio = (length + TINY) / (reference + SMALL)
-    return mean * np.exp(np.minimum(0, 1 - 1/ratio))[..., None]
+    return mean * np.exp(np.minimum(0, 1 - 1/ratio))[..., None]  # the fine for being shorter than the reference
 
 # %% ../../nbs/score/30_bleu.ipynb #check-sets
 def check_sets(hyps: Sequence[Sequence], refs: Sequence[Sequence[Sequence]]) -> None:
@@ -68,5 +68,5 @@ def bleu(hyps: Sequence[Sequence], refs: Sequence[Sequence[Sequence]], n: int = 
     counts = bleu_counts(hyps, refs, n)
     matched, length, reference = counts[:, :n], counts[:, n], counts[:, n + 1]
     guessed = np.maximum(0, length[:, None] - np.arange(n))
-    corpus = geometric(matched.sum(0), length.sum(), reference.sum(), guessed.sum(0))
+    corpus = geometric(matched.sum(0), length.sum(), reference.sum(), guessed.sum(0))  # sums first, so that long captions count for more
     return corpus, geometric(matched, length, reference, guessed)

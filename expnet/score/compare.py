@@ -26,7 +26,7 @@ def sums(scores: Scores, metric: str, ids: Sequence[str]) -> tuple[np.ndarray, C
         return each[:, None], lambda total: total[..., 0] / len(ids)
     counts = np.array([scores.counts[name] for name in ids], dtype=float)           # matched 1..n, length, reference
     n, length = counts.shape[1] - 2, counts[:, -2]
-    guessed = np.maximum(0, length[:, None] - np.arange(n))
+    guessed = np.maximum(0, length[:, None] - np.arange(n))   # a caption of 7 words has 7, 6, 5, 4 runs
     place = int(metric.removeprefix("BLEU-")) - 1
     return (np.hstack([counts, guessed]),
             lambda total: geometric(total[..., :n], total[..., n], total[..., n + 1], total[..., n + 2:])[..., place])
@@ -37,13 +37,13 @@ def bootstrap(a: Scores, b: Scores, metric: str, samples: int = 1000, seed: int 
 
     Both runs are scored on the same drawn set (paired). UserError if they did not score the same images."""
     ids = list(a.of(metric))
-    apart = sorted(set(ids) ^ set(b.of(metric)))
+    apart = sorted(set(ids) ^ set(b.of(metric)))              # on other pictures, a difference says nothing
     if apart: raise UserError(f"the runs did not score the same images: only one of them has {some(apart)}")
     (ours, value), (theirs, other) = sums(a, metric, ids), sums(b, metric, ids)
     rng, found = np.random.default_rng(seed), []
     for first in range(0, samples, 100):                                            # 100 sets at a time: little memory
         often = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=min(100, samples - first)).astype(float)
-        found.append(other(often @ theirs) - value(often @ ours))
+        found.append(other(often @ theirs) - value(often @ ours))  # a set is how often each picture is in it, so its sums are one product
     return np.concatenate(found)
 
 # %% ../../nbs/score/37_compare.ipynb #compare
@@ -74,7 +74,7 @@ def compare(a: Scores, b: Scores, metric: str, samples: int = 1000, seed: int = 
     Corpus BLEU is recomputed for every drawn set; any other metric is the mean over images (for METEOR this is not quite its
     corpus value; for CIDEr-D document frequencies stay as they were). Koehn 2004."""
     drawn = bootstrap(a, b, metric, samples, seed)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])  # the middle 95 % of what other pictures would have shown
     ids = list(a.of(metric))
     first, second = (float(value(rows.sum(0))) for rows, value in (sums(run, metric, ids) for run in (a, b)))
     return Comparison(metric, len(ids), first, second, float(low), float(high), level)

@@ -21,6 +21,7 @@ from ..tools import UserError
 def distinct(captions: Sequence[Sequence[str]], n: int) -> float:
     """The number of different n-grams in `captions` (token lists) divided by the number of their words; 0 without words."""
     words = sum(map(len, captions))
+    # by words, not by n-grams, as Li et al. 2016 do
     return len({gram for tokens in captions for gram in ngrams(tokens, n)}) / words if words else 0.0
 
 # %% ../../nbs/score/34_diversity.ipynb #equal-sizes
@@ -36,6 +37,7 @@ def mutual_bleu(sets: Sequence[Sequence[Sequence[str]]], n: int = 4) -> tuple[np
     """BLEU-1..n of each caption against the others of its picture: (of the corpus [n], of each picture [pictures, n]).
 
     The corpus value is that of all first captions, of all second ones, and so on, averaged. High means alike."""
+    # caption k against its m - 1 neighbours
     places = [bleu([s[k] for s in sets], [[*s[:k], *s[k + 1:]] for s in sets], n) for k in range(equal_sizes(sets))]
     return np.mean([corpus for corpus, _ in places], 0), np.mean([each for _, each in places], 0)
 
@@ -43,7 +45,7 @@ def mutual_bleu(sets: Sequence[Sequence[Sequence[str]]], n: int = 4) -> tuple[np
 def spread(similar: np.ndarray) -> float:
     """How differently m captions speak, from their similarities [m, m]: 0 (all the same) .. 1 (nothing shared)."""
     roots = np.sqrt(np.linalg.eigvalsh(similar).clip(0))          # ascending
-    return float(-np.log(roots[-1] / roots.sum()) / np.log(len(roots))) if roots.sum() else 0.0
+    return float(-np.log(roots[-1] / roots.sum()) / np.log(len(roots))) if roots.sum() else 0.0  # one large root: all captions point the same way
 
 # %% ../../nbs/score/34_diversity.ipynb #similarities
 def similarities(captions: Sequence[Sequence[str]], df: DocumentFrequency) -> np.ndarray:
@@ -51,10 +53,10 @@ def similarities(captions: Sequence[Sequence[str]], df: DocumentFrequency) -> np
     total = np.zeros((len(captions), len(captions)))
     for k in range(1, df.n + 1):
         counts = [ngrams(tokens, k) for tokens in captions]
-        grams = dict.fromkeys(gram for count in counts for gram in count)
+        grams = dict.fromkeys(gram for count in counts for gram in count)  # one axis for each n-gram, in the order of their first use
         rows = np.array([[count[gram] * df(gram) for gram in grams] for count in counts]).reshape(len(captions), -1)
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        rows = rows / np.where(norms > 0, norms, 1)
+        rows = rows / np.where(norms > 0, norms, 1)           # unit length, so that products are cosines
         total += rows @ rows.T
     return total / df.n
 

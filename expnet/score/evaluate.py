@@ -50,6 +50,7 @@ MORE: dict[str, Metric] = {"CIDEr": CiderD(plain=True).score, "METEOR": meteor, 
 
 def pick(names: Sequence[str]) -> dict[str, Metric]:
     """The metrics called `names`, upper or lower case; "default" and "habits" name several. UserError lists the known."""
+    # every metric is also a group of one
     groups = {"default": METRICS, "habits": HABITS} | {name.lower(): {name: metric} for name, metric in (METRICS | MORE).items()}
     unknown = [name for name in names if name.lower() not in groups]
     if unknown: raise UserError(f"metric {unknown[0]!r}: choose from {', '.join(groups)}")
@@ -59,7 +60,7 @@ def pick(names: Sequence[str]) -> dict[str, Metric]:
 def columns(name: str, values: float | np.ndarray, axes: int) -> dict[str, np.ndarray]:
     """{name: values} if `values` has `axes` axes; with one axis more, name-1, name-2, ... for the positions on the last."""
     values = np.asarray(values, dtype=float)
-    if values.ndim == axes: return {name: values}
+    if values.ndim == axes: return {name: values}             # CIDEr-D: one number a set, one a caption
     return {f"{name}-{k}": values[..., k - 1] for k in range(1, values.shape[-1] + 1)}
 
 # %% ../../nbs/score/35_evaluate.ipynb #Scores
@@ -161,18 +162,19 @@ def evaluate(hyps: Mapping[str, str], items: Sequence[Item], metrics: Mapping[st
     Missing, unknown, double ids or no references: UserError.
     """
     check(hyps, items)
-    said, refs = tokens_of(hyps, items, tokenizer)
+    said, refs = tokens_of(hyps, items, tokenizer)            # tokenised once for all metrics
     tokens = said if rule is None else [rule(caption) for caption in said]
     totals, each = {}, {}
     for name, metric in metrics.items():
         total, values = metric(tokens, refs)
         totals |= {column: float(value) for column, value in columns(name, total, 0).items()}
-        if values is not None: each |= columns(name, values, 1)
+        if values is not None: each |= columns(name, values, 1)  # a vocabulary, say, is of the set and of no picture
     per_image = {item.id: {column: float(values[k]) for column, values in each.items()} for k, item in enumerate(items)}
-    scenes = scene_scores(hyps, items)
+    scenes = scene_scores(hyps, items)                        # from the words themselves, whatever the tokenizer
     for name, values in scenes.items(): per_image[name] |= values
     if scenes: totals |= {column: float(np.mean([v[column] for v in scenes.values()])) for column in ("scene-F1", "scene-exact")}
     changed = f"{sum(a != b for a, b in zip(said, tokens)):,} captions were changed by {rule.__name__}" if rule else ""
+    # with these, the BLEU of any other set of these pictures is a sum away
     counts = dict(zip((item.id for item in items), bleu_counts(tokens, refs).tolist())) if "BLEU" in metrics else {}
     return Scores(totals, per_image, remarks(tokens, len(scenes), "CIDEr-D" in totals, changed), counts)
 
@@ -186,6 +188,7 @@ def evaluate_sets(sets: Mapping[str, Sequence[str]], items: Sequence[Item], metr
     bare = [name for name, captions in sets.items() if isinstance(captions, str)]
     if bare: raise UserError(f"a list of captions expected for each image, not one string ({len(bare):,}): {some(bare)}")
     size = equal_sizes(list(sets.values()))
+    # all first captions, all second ones, ...
     places = [evaluate({name: captions[k] for name, captions in sets.items()}, items, metrics, tokenizer) for k in range(size)]
     rows = {}
     for name, choose in (("best", max), ("mean", np.mean)):

@@ -36,7 +36,7 @@ METEOR, TOKENIZER, SPICE = "meteor/meteor-1.5.jar", "tokenizer/stanford-corenlp-
 def coco_tools() -> Path | None:
     """The folder of the installed pycocoevalcap, which is not imported; None if it is not installed."""
     found = importlib.util.find_spec("pycocoevalcap")
-    return Path(next(iter(found.submodule_search_locations))) if found else None
+    return Path(next(iter(found.submodule_search_locations))) if found else None  # importing it would start looking for Java
 
 
 def find_java() -> str | None:
@@ -60,7 +60,7 @@ def one_line(tokens: Sequence[str]) -> str:
 # %% ../../nbs/score/33_java.ipynb #stop
 def stop(process: subprocess.Popen, complaints: IO) -> None:
     """End `process`: say that no more lines come, wait two seconds, then kill."""
-    with suppress(OSError): process.stdin.close()
+    with suppress(OSError): process.stdin.close()             # the end of its input ends the program
     try: process.wait(2)
     except subprocess.TimeoutExpired: process.kill()
     process.wait()
@@ -72,11 +72,11 @@ class Conversation:
     """A program that answers lines with lines, kept running until `close`, the end of a `with` block, or the end of Python."""
     def __init__(self, command: Sequence[str], folder: Path | None = None, patience: float = 300, name: str = "the program"):
         """Start `command` in `folder`; it is given up after `patience` seconds without an answer. `name` is for messages."""
-        self.name, self.patience, self.complaints = name, patience, tempfile.TemporaryFile()
+        self.name, self.patience, self.complaints = name, patience, tempfile.TemporaryFile()  # a file cannot fill up as a pipe would
         try: self.process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints,
                                              encoding="utf-8", errors="replace")
         except OSError as error: raise UserError(f"{command[0]} does not start: {error}") from error
-        self.close = weakref.finalize(self, stop, self.process, self.complaints)
+        self.close = weakref.finalize(self, stop, self.process, self.complaints)  # also at the end of Python, so that no Java is left behind
 
     def __enter__(self): return self
 
@@ -89,10 +89,10 @@ class Conversation:
         """The next `answers` lines after writing `line`; UserError with the program's last words if it dies or keeps silent."""
         if not self.alive: raise UserError(f"{self.name} has ended: {self.last_words()}")
         found: list[str] = []
-        clock = threading.Timer(self.patience, self.process.kill)
+        clock = threading.Timer(self.patience, self.process.kill)  # killing the program ends the reading below
         clock.start()
         try:
-            self.process.stdin.write(line + "\n")
+            self.process.stdin.write(line + "\n")             # it answers line by line, so nothing may wait in a buffer
             self.process.stdin.flush()
             while len(found) < answers and (answer := self.process.stdout.readline()).endswith("\n"): found.append(answer.strip())
         except OSError: pass  # it died while we wrote; the message below says what is known
@@ -115,6 +115,7 @@ class Meteor(Conversation):
     def __init__(self, patience: float = 300):
         if why := java_missing(METEOR): raise UserError(f"METEOR cannot run: {why}")
         jar = coco_tools() / METEOR
+        # the serial collector starts fastest and takes no second core
         options = ["-Xmx2G", "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Duser.language=en"]
         super().__init__([find_java(), *options, "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"], jar.parent, patience, "METEOR")
         self.lock = threading.Lock()
@@ -126,9 +127,10 @@ class Meteor(Conversation):
         check_sets(hyps, refs)
         try:
             with self.lock:
+                # first what each caption counts, then the score of all counts: as pycocoevalcap does it
                 counts = [self.ask(" ||| ".join(["SCORE", *map(one_line, group), one_line(hyp)]))[0] for hyp, group in zip(hyps, refs)]
                 *each, total = map(float, self.ask(" ||| ".join(["EVAL", *counts]), len(counts) + 1))
-        except BaseException:
+        except BaseException:                                 # a half-read answer would be taken for the next one's
             self.close()
             raise
         return total, np.array(each)
@@ -142,7 +144,7 @@ def running_meteor() -> Meteor:
 
 def meteor(hyps: Sequence[Sequence[str]], refs: Sequence[Sequence[Sequence[str]]]) -> tuple[float, np.ndarray]:
     """METEOR 1.5 of tokenised captions: (of the corpus, of each caption), see `Meteor.score`; the Java process is kept between calls."""
-    if not running_meteor().alive: running_meteor.cache_clear()
+    if not running_meteor().alive: running_meteor.cache_clear()  # a killed process is replaced
     return running_meteor().score(hyps, refs)
 
 # %% ../../nbs/score/33_java.ipynb #java_tokenize
@@ -157,9 +159,9 @@ def java_tokenize(texts: Sequence[str], apart: bool = True) -> list[list[str]]:
     command = [find_java(), "-Dfile.encoding=UTF-8", "-cp", str(coco_tools() / TOKENIZER), "edu.stanford.nlp.process.PTBTokenizer",
                "-preserveLines", "-lowerCase"]
     lines = [re.sub(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", " ", text) for text in texts]
-    if apart: lines = [line for text in lines for line in (text, "b")]
+    if apart: lines = [line for text in lines for line in (text, "b")]  # a line "b" between two texts: the program looks ahead over line ends
     done = subprocess.run(command, input="".join(f"{line}\n" for line in lines), capture_output=True, encoding="utf-8", timeout=600)
-    found = done.stdout.split("\n")[:-1]
+    found = done.stdout.split("\n")[:-1]                      # behind the last line end is nothing
     if len(found) != len(lines): raise UserError(f"the Java tokeniser answered {len(found)} of {len(lines)} lines: {done.stderr[-300:]}")
     return [[token for token in line.split(" ") if token and token not in PUNCTUATION] for line in found[::2 if apart else 1]]
 
@@ -202,5 +204,6 @@ def spice(hyps: Sequence[Sequence[str]], refs: Sequence[Sequence[Sequence[str]]]
 def read_spice(path: Path, captions: int) -> np.ndarray:
     """The F of all facts of each caption [captions] from a file that SPICE wrote; what is not a number there is 0."""
     each = np.full(captions, np.nan)
+    # it answers in an order of its own; the ids are ours
     for record in json.loads(path.read_text(encoding="utf-8")): each[record["image_id"]] = record["scores"]["All"]["f"]
     return np.nan_to_num(each)

@@ -15,7 +15,7 @@ from ..tools import UserError, read_json, write_json
 # %% ../../nbs/score/36_result_files.ipynb #write-results
 def as_number(name: str) -> int | str:
     """The image id `name` as the number it spells, or unchanged if it does not spell one exactly."""
-    return int(name) if name.isascii() and name.isdigit() and str(int(name)) == name else name
+    return int(name) if name.isascii() and name.isdigit() and str(int(name)) == name else name  # "007" stays as it is: 7 would be another picture
 
 def write_results(path: str | Path, captions: Mapping[str, str]) -> None:
     """Write image id -> caption to `path` as COCO results: a list of {"image_id", "caption"}, in order."""
@@ -29,7 +29,7 @@ def read_results(path: str | Path) -> dict[str, str]:
     captions, seen = {}, {}
     for number, entry in enumerate(value):
         where = f"{path}: entry {number}"
-        name = claim(seen, str(need(entry, "image_id", int | str, where)), where)
+        name = claim(seen, str(need(entry, "image_id", int | str, where)), where)  # a picture that comes twice is an error, not an overwriting
         captions[name] = need(entry, "caption", str, where)
     return captions
 
@@ -39,7 +39,7 @@ def coco_captions(path: str | Path) -> list[Item]:
     value = read_json(path)
     found: dict[str, list[str]] = {}
     for number, image in enumerate(need(value, "images", list, str(path))):
-        found[str(need(image, "id", int | str, f"{path}: images[{number}]"))] = []
+        found[str(need(image, "id", int | str, f"{path}: images[{number}]"))] = []  # first all pictures: one without captions is to be noticed
     for number, entry in enumerate(need(value, "annotations", list, str(path))):
         where = f"{path}: annotations[{number}]"
         name = str(need(entry, "image_id", int | str, where))
@@ -50,7 +50,7 @@ def coco_captions(path: str | Path) -> list[Item]:
 def read_references(path: str | Path, split: str = "test") -> list[Item]:
     """Items with references: of the `split` of a data folder or Karpathy file, or all of a COCO annotation file `path`."""
     if Path(path).is_dir(): found = of_split(load_items(Path(path) / "items.jsonl"), split)
-    elif "annotations" in read_json(path): return coco_captions(path)
+    elif "annotations" in read_json(path): return coco_captions(path)  # which kind of file it is shows in what it holds
     else: found = of_split(karpathy(path, "", check=False), split)
     if not found: raise UserError(f"{path}: split {split!r}: no pictures in it")
     return found

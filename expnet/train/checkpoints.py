@@ -102,6 +102,7 @@ def random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+    # whoever draws in a step: shuffling, dropout, sampling
     return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
 
 def set_random_state(state: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ class Run:
         self.learner = Learner(model, phase, device, reward, project_dir=out, **options)
         self.accelerator = self.learner.accelerator
         self.rank, self.world, self.main = (getattr(self.accelerator, name) for name in ("process_index", "num_processes", "is_main_process"))
-        seed_all(phase.seed + 1_000_003 * self.rank, threads=None)
+        seed_all(phase.seed + 1_000_003 * self.rank, threads=None)  # processes must not draw the same dropout
         self.batches = Batches(data.of("train"), data.vocab, self.store, phase.batch * phase.accumulate, rank=self.rank,
                                captions=0 if way.reward else phase.captions, seed=phase.seed, world=self.world,
                                max_len=min(phase.max_len or model.max_len, model.max_len))
@@ -91,7 +91,7 @@ class Run:
 # %% ../../nbs/train/44_loop.ipynb #save
 def save(run: Run) -> None:
     """Store everything that a continued run needs: settings to compare, weights, optimiser, random numbers, counters."""
-    random, average = gather_object([random_state()]), run.learner.average
+    random, average = gather_object([random_state()]), run.learner.average  # of every process
     state = {"settings": settings(run), "model": run.weights(), "optimiser": run.learner.optimiser.state_dict(),
              "random": random, "average": average.state_dict() if average else None,
              "counters": {name: getattr(run, name) for name in run.COUNTERS}}
@@ -108,12 +108,13 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     if state["average"]: run.learner.average.load_state_dict(state["average"])
     for name in run.COUNTERS: setattr(run, name, state["counters"][name])
     if len(state["random"]) == run.world: set_random_state(state["random"][run.rank])
+    # on another number of processes: fresh numbers, but the same ones every time
     else: seed_all(run.phase.seed + run.step + 1_000_003 * run.rank, threads=None)
 
 # %% ../../nbs/train/44_loop.ipynb #settings
 def settings(run: Run) -> dict[str, Any]:
     """What may not change between a run and its continuation: the phase's numbers and the data they refer to; JSON values."""
-    free = {"batch", "accumulate", "save_every", "keep_every"}
+    free = {"batch", "accumulate", "save_every", "keep_every"}  # how a step is divided may change with the computer, its size may not
     numbers = {name: value for name, value in asdict(run.phase).items() if name not in free}
     return json.loads(json.dumps({**numbers, "samples a step": run.phase.batch * run.phase.accumulate,
                                   "vocabulary": run.data.vocab.fingerprint, "training pictures": len(run.batches.items)}))
@@ -127,7 +128,7 @@ def compare(then: dict[str, Any], now: dict[str, Any], where: Path) -> None:
 def validate(run: Run) -> dict[str, Any]:
     """Scores of freely decoded captions on the first `validate` pictures of the validation split, and three of the captions."""
     items = run.data.of("val")[:run.phase.validate]
-    mine = [item.id for item in items[run.rank::run.world]]
+    mine = [item.id for item in items[run.rank::run.world]]   # the processes share the pictures
     with run.accelerator.autocast(): said = caption_stored(run.model.eval(), run.store, mine, Beam(run.phase.beam))
     captions = dict(gather_object([(c.name, c.captions[0]) for c in said]))
     totals = broadcast_object_list([evaluate(captions, items).totals if run.main else None])[0]
@@ -157,13 +158,13 @@ def train_epoch(run: Run, watch: Watch) -> None:
     training_mode(run.model)
     phase, per_epoch = run.phase, len(run.batches)
     total = phase.epochs * per_epoch
-    timed = Timed(run.batches.epoch(run.epoch, start=run.position))
+    timed = Timed(run.batches.epoch(run.epoch, start=run.position))  # after an interruption, the middle of an epoch
     for batch in timed:
         rate = learning_rate(phase.schedule, run.step, per_epoch, total, phase.lr, phase.warmup, phase.factor, phase.every)
         means = run.learner.step(batch, rate)
         run.step, run.position = run.step + 1, run.position + 1
         run.sums = {name: run.sums.get(name, 0.0) + value for name, value in means.items()}
-        if run.step % phase.log_every == 0: log_means(run, rate)
+        if run.step % phase.log_every == 0: log_means(run, rate)  # a point of the curve is a mean: single steps jump
         watch({"event": "step", "phase": phase.name, "step": run.step, "total": total, "loss": means["loss"],
                "pictures": len(batch) * run.world, "waiting": timed.share})
         if run.step % phase.save_every == 0: save(run)
@@ -188,7 +189,7 @@ def measure(run: Run, watch: Watch) -> None:
         scores = validate(run)
         score = scores[run.phase.best]
         better = score > run.best
-        run.best, run.stale = max(run.best, score), 0 if better else run.stale + 1
+        run.best, run.stale = max(run.best, score), 0 if better else run.stale + 1  # a tie is not better: the earlier model stays
         run.history.append({"phase": run.phase.name, "step": run.step, "epoch": run.epoch, **scores})
         if run.main: keep(run, better)
     run.accelerator.log({name: value for name, value in scores.items() if name != "captions"}, step=run.step)
@@ -211,13 +212,13 @@ def run_phase(run: Run, trained: bool, watch: Watch) -> list[dict[str, Any]]:
         if state.exists(): restore(run, load_state(state))
         elif (run.out / "model.safetensors").exists(): raise UserError(f"{run.out}: holds a model but no state.pt to continue from; choose a new folder")
         else: save(run)
-        if trained and not run.history and not run.step: measure(run, watch)
+        if trained and not run.history and not run.step: measure(run, watch)  # the model that came in is a candidate, too
         while not run.finished:
             train_epoch(run, watch)
             end_epoch(run, watch)
-        if run.main: write_json(done, settings(run))
+        if run.main: write_json(done, settings(run))          # from here on the phase is skipped
         run.accelerator.wait_for_everyone()
-    fill(run.model, run.out / "model.safetensors", skip="backbone.")
+    fill(run.model, run.out / "model.safetensors", skip="backbone.")  # the best weights, not the last
     if run.phase.end_to_end: fill(run.model.backbone, run.out / "backbone.safetensors")
     return read_jsonl(run.out / "history.jsonl")
 

@@ -47,8 +47,8 @@ def learning_rate(schedule: str, step: int, per_epoch: int, total: int, lr: floa
 
     linear: up, then `factor` every `every` epochs; cosine: up, then half a cosine down to lr / 50. As in the code of ExpansionNet v2:
     hyperbolic ("custom_warmup_anneal", not below `floor` once warm) and annealing (its factor is 0.8, whatever `factor` says)."""
-    decay = step // max(per_epoch * every, 1)
-    rise = min((step + 1) / (warmup + 1), 1.0)
+    decay = step // max(per_epoch * every, 1)                 # how many stairs were taken
+    rise = min((step + 1) / (warmup + 1), 1.0)                # never 0: the first step shall move something
     if schedule == "constant": return lr * rise
     if schedule == "linear": return lr * rise * factor**decay
     if schedule == "cosine": return lr * warmup_cosine(step, total, warmup)
@@ -68,14 +68,14 @@ def groups(model: nn.Module, lr: float, backbone_lr: float | None = None) -> lis
     """Parameter groups "body" and "backbone" of what `model` learns, with `peak`, the highest rate of each (None: `lr` for both)."""
     parts: dict[str, list[nn.Parameter]] = {"body": [], "backbone": []}
     for name, p in model.named_parameters():
-        if p.requires_grad: parts["backbone" if name.startswith("backbone.") else "body"].append(p)
+        if p.requires_grad: parts["backbone" if name.startswith("backbone.") else "body"].append(p)  # frozen weights take no memory for averages
     peaks = {"body": lr, "backbone": lr if backbone_lr is None else backbone_lr}
     return [{"params": params, "name": name, "lr": peaks[name], "peak": peaks[name]} for name, params in parts.items() if params]
 
 
 def set_rate(optimiser: torch.optim.Optimizer, share: float) -> None:
     """Give every parameter group of `optimiser` the `share` of its highest rate."""
-    for group in optimiser.param_groups: group["lr"] = group["peak"] * share
+    for group in optimiser.param_groups: group["lr"] = group["peak"] * share  # backbone and body rise and fall together, each to its own height
 
 
 OPTIMISERS = ("radam", "adamw", "adam")

@@ -79,7 +79,7 @@ def open_data(folder: str | Path, features: str | Path | None = None) -> Data:
     if not folder.is_dir(): raise UserError(f"{folder}: no such data folder (make one with: expnet prepare)")
     if not (at / "features.h5").exists(): raise UserError(f"{at}: no features.h5 in it (make it with: expnet features)")
     store, every = FeatureStore(at / "features.h5"), load_items(folder / "items.jsonl")
-    items = [item for item in every if item.id in store]
+    items = [item for item in every if item.id in store]      # a file that could not be read has no features
     if len(items) < 0.5 * len(every):
         raise UserError(f"{at / 'features.h5'}: holds {len(items)} of {len(every)} pictures; run `expnet features` again")
     backbone = backbone_of(at, store)
@@ -91,7 +91,7 @@ def open_data(folder: str | Path, features: str | Path | None = None) -> Data:
 def backbone_of(folder: Path, store: FeatureStore) -> Backbone | None:
     """The backbone that made the features in `store`, if its weights are in `folder`."""
     if not (folder / "backbone.safetensors").exists(): return None
-    backbone = from_spec(store.spec)
+    backbone = from_spec(store.spec)                          # the store knows its name and options, the weights are beside it
     fill(backbone, folder / "backbone.safetensors")
     return backbone
 
@@ -165,9 +165,9 @@ def train(folder: str | Path, out: str | Path, how: Recipe, device: str = "auto"
     if unknown: raise UserError(f"phase {unknown[0]!r}: the recipe has {', '.join(how.names)}")
     chain = Chain(Path(folder), Path(out), how, device, watch, backbone, track)
     if start: chain.begin_with(start)
-    last = max(map(how.names.index, only or how.names))
+    last = max(map(how.names.index, only or how.names))       # nothing behind it needs to be looked at
     for number, phase in enumerate(how.phases[:last + 1]):
-        if only and phase.name not in only: chain.skip(phase)
+        if only and phase.name not in only: chain.skip(phase)  # what it left behind is still needed
         elif isinstance(phase, Extract): look(chain, number, phase)
         else: learn(chain, number, phase)
     return chain.history
@@ -204,7 +204,7 @@ def look(chain: Chain, number: int, phase: Extract) -> None:
     chain.announce(number, phase)
     backbone = chain.backbone if chain.model is None else chain.model.backbone
     known = backbone_of(chain.folder, FeatureStore(chain.folder / "features.h5")) if (chain.folder / "features.h5").exists() else None
-    same = known and (backbone is None or same_weights(backbone, known.state_dict()))
+    same = known and (backbone is None or same_weights(backbone, known.state_dict()))  # the features that are there are this backbone's
     if backbone and not same: chain.features = chain.folder if chain.model is None else chain.out / phase.name
     progress = lambda done, total: chain.watch({"event": "features", "done": done, "total": total})
     for name, mirror in (("features.h5", False), ("mirrored.h5", True))[:1 + phase.mirror]:
@@ -219,7 +219,7 @@ def learn(chain: Chain, number: int, phase: Phase) -> None:
     data = open_data(chain.folder, chain.features)
     if data.left_out: chain.watch({"event": "note", "text": f"{data.left_out} pictures have no features and are left out"})
     if chain.model is None: chain.model = new_model(chain.how, data, phase.seed)
-    if not phase.end_to_end and not sees(chain.model, data):
+    if not phase.end_to_end and not sees(chain.model, data):  # after a phase that changed the backbone, old features are another language
         raise UserError(f"phase {phase.name}: the features in {chain.features} were made with another backbone; extract them again first")
     chain.history += fit(chain.model, data, phase, chain.out, chain.watch, chain.device, chain.trained, chain.track)
     chain.trained = True
@@ -228,7 +228,7 @@ def learn(chain: Chain, number: int, phase: Phase) -> None:
 def new_model(how: Recipe, data: Data, seed: int) -> Captioner:
     """A seeded model of the recipe's kind and preset that fits the data, with the backbone of its features."""
     make_config, make_model = kind_of(how.kind, "recipe")
-    seed_all(seed, threads=None)
+    seed_all(seed, threads=None)                              # the first weights depend on the seed alone
     model = make_model(make_config.preset(how.preset, data.store.dim), data.vocab, data.backbone)
     return words_a_step(model, how.K) if how.K else model
 
@@ -248,6 +248,7 @@ def evaluate_split(model: Captioner, data: Data, split: str = "test", how: How =
         sizes = model.config.features, data.store.dim
         raise UserError(f"the model reads {sizes[0]} numbers a region of {names[0]}, the data has {sizes[1]} of {names[1]}")
     items = data.of(split)[:limit]
+    # a fine-tuned backbone looks at the pictures itself
     store = data.store if sees(model, data) else Pictures(items, model.backbone.prepare, model.backbone.regions)
     said = caption_stored(model.eval(), store, [item.id for item in items], how, watch=watch)
     return said, evaluate({c.name: c.captions[0] for c in said}, items, **scoring)

@@ -128,7 +128,7 @@ def self_critical(model: Captioner, memory: Memory, ids: Sequence[str], reward: 
     max_len counts EOS. `memory` comes from `model.encode` with gradient, or without it if the encoder is not to learn."""
     if coupled: tokens, every = say_coupled(model, memory, n, max_len, temperature)
     else:
-        tokens = say(model, memory, n, max_len, temperature)
+        tokens = say(model, memory, n, max_len, temperature)  # [B, n, L], through the cache, without gradient
         every = score_words(model, memory, tokens, temperature)
     rewards, said = score_samples(reward, ids, tokens), spoken(tokens, model.vocab)
     if callable(baseline): base = baseline(memory, tokens, rewards)
