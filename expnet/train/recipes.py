@@ -136,7 +136,7 @@ RECIPES = {
         dict(epochs=1, batch=32, lr=3e-5, warmup=10), validate=200, beam=3, sample_len=28, temperature=0.5)),
     "flickr8k": Recipe("flickr8k", phases(
         dict(epochs=18, batch=16, lr=7e-4, warmup=300, mirror=True, dropout=0.3),
-        dict(epochs=2, batch=16, lr=3e-5, warmup=100),
+        dict(epochs=2, batch=16, lr=1e-4, warmup=100),
         dict(epochs=14, batch=16, lr=1e-4, warmup=50, beam=3, dropout=0.1, mirror=True, average=0.999),
         dict(epochs=1, batch=16, lr=2e-6, warmup=1, beam=3, dropout=0.1), precision="bf16")),
     "coco": Recipe("coco", phases(
