@@ -187,7 +187,7 @@ def check_beam(how: Beam) -> None:
         raise UserError("style 'official': the published search has one group and ranks by the mean")
 
 # %% ../../nbs/decode/22_search.ipynb #Rule
-Rule = Callable[[Tensor, Tensor], Tensor]                     # words so far [R, t], logp [R, V] -> logp [R, V]
+Rule = Callable[[Tensor, Tensor], Tensor]                     # words so far [R, t], logp [R, V] -> logp [R, V]; if `blind`, of any shape [..., V]
 
 # %% ../../nbs/decode/22_search.ipynb #decode
 @torch.no_grad()
