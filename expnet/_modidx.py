@@ -585,6 +585,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'expnet.decode.ensemble.Eyes': ('decode/ensemble.html#eyes', 'expnet/decode/ensemble.py'),
                                         'expnet.decode.ensemble.Eyes.__init__': ( 'decode/ensemble.html#eyes.__init__',
                                                                                   'expnet/decode/ensemble.py'),
+                                        'expnet.decode.ensemble.Eyes.as_original': ( 'decode/ensemble.html#eyes.as_original',
+                                                                                     'expnet/decode/ensemble.py'),
                                         'expnet.decode.ensemble.Eyes.forward': ( 'decode/ensemble.html#eyes.forward',
                                                                                  'expnet/decode/ensemble.py'),
                                         'expnet.decode.ensemble.Eyes.prepare': ( 'decode/ensemble.html#eyes.prepare',

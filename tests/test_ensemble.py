@@ -2,11 +2,15 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 from test_search import HOWS
 from toy import Toy, pictures
 
+from expnet.classics.show_tell import ShowTell, ShowTellConfig
+from expnet.data.captions import SPECIALS, Vocab
 from expnet.decode.ensemble import Ensemble
 from expnet.decode.search import Beam, decode
+from expnet.models.backbone import make_backbone
 from expnet.models.captioner import unroll
 
 
@@ -57,3 +61,17 @@ def test_members_may_see_different_pictures():
 def test_it_is_a_module():
     model = Ensemble([Toy(8), Toy(8)], [1, 3])
     assert torch.allclose(model.state_dict()["log_weights"].exp(), torch.tensor([0.25, 0.75])) and not model.eval().members[1].training
+
+
+@pytest.mark.parametrize("kind", ["Image", "file"])
+def test_pictures_are_prepared_for_every_member(kind, tmp_path):
+    "Three copies of a captioner say of a picture what one says, and members may want pictures of other sizes."
+    torch.manual_seed(0)
+    vocab, config = Vocab([*SPECIALS, "a", "disc", "red"]), ShowTellConfig(128, 16, 16)
+    small, large = (ShowTell(config, vocab, make_backbone("shapes", size=size)).eval() for size in (None, 96))
+    picture = Image.effect_noise((70, 50), 60).convert("RGB")
+    picture.save(tmp_path / "p.png")
+    given = picture if kind == "Image" else tmp_path / "p.png"
+    one, three, mixed = (model.caption([given], beam=2)[0] for model in (small, Ensemble([small] * 3), Ensemble([small, large])))
+    assert three.captions == one.captions and three.scores == pytest.approx(one.scores, abs=1e-5)
+    assert mixed.captions[0] and mixed.scores[0] != pytest.approx(one.scores[0], abs=1e-7)

@@ -34,7 +34,7 @@ def caption_stream(model: Captioner, images: Picture | Iterable[Picture], how: G
     SOS and UNK. on_bad: "raise" the first BadImage, or "skip" and report it in `.error`. as_original: None is the backbone's way."""
     if model.backbone is None: raise UserError("this model has no backbone: it can caption stored features, but not pictures")
     if model.training: raise UserError("this model is in training mode, where dropout draws at random: call model.eval() first")
-    rules, weight = [words_only(model.vocab)] if rules is None else rules, next(model.backbone.parameters())
+    rules, weight = [words_only(model.vocab)] if rules is None else rules, next(model.parameters())
     prepare = model.backbone.prepare
     def say(names: Sequence[str], seen: Sequence[torch.Tensor]) -> list[Captioned]:
         memory = model.encode(torch.stack(seen).to(weight.device, weight.dtype))  # [B, 3, S, S] in the precision of the weights

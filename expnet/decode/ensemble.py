@@ -30,6 +30,7 @@ class Ensemble(Captioner):
         check_members(members, weights)
         super().__init__(members[0].vocab, min(m.max_len for m in members))  # the shortest memory limits all
         self.K, self.members = members[0].K, nn.ModuleList(members)
+        self.training = any(m.training for m in members)      # a new module would call itself in training
         if all(m.backbone is not None for m in members): self.backbone = Eyes(members)
         # divided in float64, so that a hundred equal weights still sum to 1
         w = torch.tensor([1.] * len(members) if weights is None else weights, dtype=torch.float64)
@@ -90,6 +91,11 @@ class Eyes(nn.Module):
 
     @property
     def prepare(self) -> "Eyes": return self
+
+    @property
+    def as_original(self) -> bool:
+        """Whether all members make black of what is not RGB, as the published code does."""
+        return all(how.as_original for how in self.each)
 
     def forward(self, image) -> Tensor:
         """A PIL image, prepared for every member -> [sum of 3·size²]."""

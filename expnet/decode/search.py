@@ -108,7 +108,7 @@ def divisor(words: Tensor | int, rule: str, alpha: float) -> Tensor | float:
 
 # %% ../../nbs/decode/22_search.ipynb #hopeless
 def hopeless(done: Tensor, score: Tensor, hope: Tensor, need: int) -> Tensor:
-    """Which of the rows [..., W] cannot be returned any more: `hope` is not above the `need`-th best score of those done."""
+    """Which of the rows [..., W] cannot be returned any more: all unfinished ones, if their best `hope` is not above the `need`-th best score of those done."""
     if done.shape[-1] < need: return torch.zeros_like(done)
     worst = score.masked_fill(~done, -torch.inf).topk(need, -1).values[..., -1:]
     return ~done & (hope.masked_fill(done, -torch.inf).amax(-1, keepdim=True) <= worst)
