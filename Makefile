@@ -42,7 +42,7 @@ docs: setup  ## render the site into _docs/html, offline; a warning is an error
 lab: setup  ## open the walkthrough in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-run: setup  ## execute, save and clean notebooks: make run NB=nbs/data/02_shapes.ipynb (default: all)
+run: setup  ## execute, save and clean notebooks: make run NB=nbs/data/03_shapes.ipynb (default: all)
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-test --n-workers $(WORKERS) --save $(NB)
 	$(BIN)/nbdev-clean

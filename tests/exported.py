@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from expnet.data.captions import Vocab, tokenize
+from expnet.data.captions import tokenize
+from expnet.data.vocabulary import Vocab
 from expnet.data.shapes import record
 from expnet.decode.search import Beam
 from expnet.models.backbone import make_backbone

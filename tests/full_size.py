@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from expnet import load
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.data.pickles import write_vocabulary
 from expnet.models.backbone import make_backbone
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig

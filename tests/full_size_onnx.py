@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 from expnet import load
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.data.images import Preprocess
 from expnet.decode.recompute import Recompute
 from expnet.decode.rules import words_only
 from expnet.decode.search import Beam, decode
 from expnet.deploy.export import export, pixels_of, quantise
-from expnet.deploy.graphs import Encoder, Run, one_call
+from expnet.deploy.beam_step import one_call
+from expnet.deploy.graphs import Encoder, Run
 from expnet.models.backbone import make_backbone
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.tools import undrawn, seed_all

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from expnet.data.batches import Batch
-from expnet.data.captions import SPECIALS, Vocab
+from expnet.data.vocabulary import SPECIALS, Vocab
 from expnet.decode.recompute import Recompute
 from expnet.decode.search import Beam, decode
 from expnet.models.backbone import make_backbone

@@ -11,7 +11,8 @@ import torch
 
 from expnet.classics.actor_critic import RECIPES, ActorCritic, ActorCriticConfig, Shaped, act, mixed_bleu
 from expnet.data.batches import Batch, Batches
-from expnet.data.captions import Item, Vocab
+from expnet.data.captions import Item
+from expnet.data.vocabulary import Vocab
 from expnet.decode.caption import caption_stored
 from expnet.decode.search import Beam, Greedy, decode
 from expnet.models.backbone import make_backbone

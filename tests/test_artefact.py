@@ -8,7 +8,7 @@ import pytest
 from exported import HOW, LONGEST, artefact, captioner
 
 from expnet.cli.export import make_artefact
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.deploy.artefact import damaged, label, seal, write_artefact
 from expnet.deploy.runtime import Runtime, verify
 from expnet.tools import UserError, read_json, write_json

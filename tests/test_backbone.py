@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.models import backbone as module
 from expnet.models.backbone import Backbone, from_spec, make_backbone, parts
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expnet.data.batches import Batch, Batches, encode_captions, pad_rows, padding, plan_epoch, read_ahead, samples_to_rows, share
-from expnet.data.captions import Item, Vocab
+from expnet.data.captions import Item
+from expnet.data.vocabulary import Vocab
 from expnet.tools import UserError
 
 

@@ -68,7 +68,7 @@ def wait_for(ready, seconds: float) -> None:
     raise TimeoutError(f"not ready after {seconds} seconds")
 
 
-@pytest.mark.parametrize("chapter", ["00_tools", "models/14_dropout", "decode/22_search"])
+@pytest.mark.parametrize("chapter", ["00_tools", "models/17_dropout", "decode/25_search"])
 def test_a_chapter_runs_from_top_to_bottom_in_jupyterlab(page, lab, chapter):
     address, folder = lab
     file = folder / f"{chapter}.ipynb"
@@ -120,7 +120,7 @@ def test_every_page_of_the_site_can_be_read_on_a_phone(browser, site):
 
 
 def test_the_site_shows_formulas_finds_words_and_turns_dark(page, site):
-    page.goto((site / "nbs/models/19_dynamic_expansion.html").as_uri())
+    page.goto((site / "nbs/models/22_dynamic_expansion.html").as_uri())
     page.wait_for_selector("mjx-container")
     assert page.locator("mjx-merror").count() == 0
     assert page.locator("svg.fa-magnifying-glass, svg.fa-circle-half-stroke").count() >= 2         # of all icons, those in use are left

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.decode.recompute import Recompute
 from expnet.decode.search import Beam, decode
 from expnet.deploy.packed import pack

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.data.images import BadImage, Preprocess
 from expnet.data.pictures import as_image
 from expnet.decode.caption import as_sentence, caption, caption_stream

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expnet.data.captions import (SPECIALS, Item, Vocab, captions_file, count_words, coverage, find_image, folder, karpathy,
-                                  load_items, of_split, resplit, save_items, tokenize)
+from expnet.data.captions import Item, captions_file, find_image, folder, karpathy, load_items, of_split, resplit, save_items, tokenize
+from expnet.data.vocabulary import SPECIALS, Vocab, count_words, coverage
 from expnet.tools import UserError
 
 FLICKR8K = Path(os.environ.get("EXPNET_FLICKR8K", Path(__file__).parents[1]/"shared/data/flickr8k"))

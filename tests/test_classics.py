@@ -14,7 +14,8 @@ from torchvision.models import resnet18
 from expnet.classics.show_attend_tell import ShowAttendTell, ShowAttendTellConfig
 from expnet.cli.app import shell
 from expnet.data.batches import Batches, Pictures
-from expnet.data.captions import Item, Vocab, karpathy
+from expnet.data.captions import Item, karpathy
+from expnet.data.vocabulary import Vocab
 from expnet.data.shapes import shapes, write_world
 from expnet.decode.search import Beam, decode
 from expnet.models.backbone import make_backbone

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from expnet.cli.export import calibration_pictures
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.data.shapes import record
 from expnet.deploy.tensorrt import cannot_try
 from expnet.models.backbone import make_backbone

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expnet.data.captions import load_items
-from expnet.data.features import FeatureStore
+from expnet.data.feature_store import FeatureStore
 from expnet.models.backbone import make_backbone
 from expnet.tools import read_jsonl
 from expnet.train.recipes import extract, prepare_world

@@ -7,7 +7,7 @@ from test_search import HOWS
 from toy import Toy, pictures
 
 from expnet.classics.show_tell import ShowTell, ShowTellConfig
-from expnet.data.captions import SPECIALS, Vocab
+from expnet.data.vocabulary import SPECIALS, Vocab
 from expnet.decode.ensemble import Ensemble
 from expnet.decode.search import Beam, decode
 from expnet.models.backbone import make_backbone

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 
 from expnet.data.captions import Item
-from expnet.data.features import FeatureStore, blank_store, describe, row_writer, write_features
+from expnet.data.feature_store import FeatureStore, blank_store, row_writer
+from expnet.data.features import describe, write_features
 from expnet.data.images import BadImage, Preprocess, preprocess_from
 from expnet.tools import UserError
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.decode.groups import words_a_step
 from expnet.decode.recompute import Recompute
 from expnet.decode.rules import never

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from as_published import as_published, dense_loss
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.tools import seed_all
 from expnet.train.losses import xe

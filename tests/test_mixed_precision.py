@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from expnet.data.batches import Batch
-from expnet.data.captions import SPECIALS, Vocab
+from expnet.data.vocabulary import SPECIALS, Vocab
 from expnet.decode.search import Beam, decode
 from expnet.models.backbone import make_backbone
 from expnet.models.captioner import Captioner, teacher_forcing

@@ -12,7 +12,7 @@ import pytest
 import torch
 from drawn import drawn_file
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.data.pickles import read_plain, read_vocabulary, write_vocabulary
 from expnet.models.official import export_official, import_official, transfer
 from expnet.tools import UserError

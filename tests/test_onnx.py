@@ -15,13 +15,14 @@ import torch
 
 from drawn import drawn_file
 from expnet import load
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.decode.ensemble import Ensemble
 from expnet.decode.recompute import Recompute
 from expnet.decode.rules import words_only
 from expnet.decode.search import Beam, Hyps, decode
 from expnet.deploy.export import export, pixels_of, quantise
-from expnet.deploy.graphs import BeamStep, Begin, Encoder, Finish, Growing, Run, one_call, to_onnx
+from expnet.deploy.beam_step import BeamStep, Begin, Finish, one_call
+from expnet.deploy.graphs import Encoder, Growing, Run, to_onnx
 from expnet.models.captioner import Captioner, Past
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.models.official import import_official

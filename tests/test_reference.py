@@ -7,7 +7,7 @@ import pytest
 import torch
 from drawn import drawn_file
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.decode.search import Beam, decode
 from expnet.models.captioner import Memory
 from expnet.models.expansionnet import ExpansionNet

@@ -87,8 +87,7 @@ def test_a_fresh_process_imports_every_module():
 SHORT = {"hard_attention": "one idea: a choice instead of a mean", "satic_checkpoint": "a reader of one file's layout", "packed": "one idea: four layers in one", "word_vectors": "a reader of files",
          "dropout": "one idea: eight decisions from one number", "losses": "one loss, by hand and in closed form", "own_words": "a measurement, not a part",
          "index": "the first page", "notation": "a page of tables"}
-LONG = {"plot": "every picture helper, each with one shown example", "shapes": "the drawn world: scene, drawing, splits and captions belong together",
-        "captions": "five formats of caption files", "images": "every kind of picture file and every way it can be broken", "features": "a file format that survives a power cut",
+LONG = {"plot": "every picture helper, each with one shown example", "images": "every kind of picture file and every way it can be broken",
         "batches": "order, sharding and resuming are one promise", "backbone": "five families of backbones behind one function", "static_expansion": "the model's own idea, by hand, then looked into",
         "dynamic_expansion": "the model's own idea, by hand, then looked into", "expansionnet": "the whole model, with its pictures", "windows": "attention in windows, shifted, with its table of places",
         "search": "greedy, beam, diverse and published search in one loop", "reward": "three rewards and their vectors",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from expnet.data.features import FeatureStore
+from expnet.data.feature_store import FeatureStore
 from expnet.models.backbone import make_backbone
 from expnet.tools import read_jsonl
 from expnet.train.checkpoints import load_state

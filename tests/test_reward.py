@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from expnet.data.captions import Item, Vocab, tokenize
+from expnet.data.captions import Item, tokenize
+from expnet.data.vocabulary import Vocab
 from expnet.score.cider import CiderD
 from expnet.score.reward import BleuReward, CiderDReward, References, load_references, save_references, spoken
 from expnet.tools import UserError

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from toy import WORDS, Toy, pictures
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.decode.sampling import Sample
 from expnet.decode.search import Beam, Greedy, decode
 from expnet.models.captioner import Step, select, unroll

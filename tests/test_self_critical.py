@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from as_published import as_published, sample_with_gradient
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.models.expansionnet import ExpansionNet, ExpansionNetConfig
 from expnet.score.reward import spoken
 from expnet.tools import seed_all

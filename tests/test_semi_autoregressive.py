@@ -10,7 +10,7 @@ import torch
 
 from expnet.classics.distillation import distil
 from expnet.classics.semi_autoregressive import Transformer, TransformerConfig
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.decode.groups import words_a_step
 from expnet.decode.sampling import Sample
 from expnet.decode.search import Beam, Greedy, decode

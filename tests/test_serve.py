@@ -17,7 +17,7 @@ from PIL import Image
 pytest.importorskip("starlette", reason="serve needs the extra serve")
 pytest.importorskip("uvicorn", reason="serve needs the extra serve")
 from expnet.cli.serve import Desk, Limits, application, running
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.data.shapes import record
 from expnet.decode.search import Beam
 from expnet.models.backbone import make_backbone

@@ -1,4 +1,4 @@
-"""The world of shapes: what chapters 02 and 03 promise about scenes, pictures, captions and the judge."""
+"""The world of shapes: what chapters 02 to 04 promise about scenes, pictures, captions and the judge."""
 import random
 import re
 import time
@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from expnet.data import shape_language as language
-from expnet.data.shapes import (BACKGROUNDS, CLEAR, COLOURS, HELD_COUNTS, HELD_PAIRS, SHAPES, SIZES, Scene, contrast, draw,
-                                label_grid, layout, record, shapes, stencil, write_world)
+from expnet.data.scenes import BACKGROUNDS, CLEAR, COLOURS, SHAPES, SIZES, Scene, contrast, draw, label_grid, layout, stencil
+from expnet.data.shapes import HELD_COUNTS, HELD_PAIRS, record, shapes, write_world
 from expnet.data.shape_language import captions, facts, scene_exact, scene_f1
 from expnet.tools import read_json
 

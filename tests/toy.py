@@ -1,7 +1,7 @@
 """A captioner without weights for tests of searches, in which every beginning of every picture has its own random next-word table; captions of no meaning."""
 import torch
 
-from expnet.data.captions import Vocab
+from expnet.data.vocabulary import Vocab
 from expnet.models.captioner import Captioner, Memory, Step
 
 WORDS = ["EOS", "PAD", "SOS", "UNK", "a", "disc", "red", "the", "on", "top"]
