@@ -59,7 +59,7 @@ class Rows:
 class Hyps(NamedTuple):
     """Sentences for B pictures: tokens [B, n, L] without SOS, logp [B, n, L], score [B, n], and maps aux [B, n, L, ...] if asked for.
 
-    After the first EOS tokens are PAD and logp is 0. A score of -inf marks a sentence that the rules cut short."""
+    After the first EOS tokens are PAD and logp is 0. A score of -inf: at some word the rules left nothing to say."""
     tokens: Tensor
     logp: Tensor
     score: Tensor

@@ -143,7 +143,7 @@ def write_artefact(folder: str | Path, config: Mapping[str, Any], vocab: Vocab) 
 
 # %% ../../nbs/deploy/74_artefact.ipynb #program
 REQUIREMENTS = "numpy\npillow>=10\nonnxruntime>=1.20\n"
-PROGRAM = ["__init__.py", "tools.py", "data/__init__.py", "data/captions.py", "data/images.py", "data/pictures.py", "deploy/__init__.py",
+PROGRAM = ["__init__.py", "tools.py", "data/__init__.py", "data/captions.py", "data/images.py", "data/pictures.py", "data/vocabulary.py", "deploy/__init__.py",
            "deploy/artefact.py", "deploy/runtime.py"]
 
 def write_program(path: str | Path) -> None:
