@@ -128,7 +128,11 @@ def stage(out: Path) -> None:
 
 
 def prune(html: Path) -> None:
-    """Remove what no reader misses: most of MathJax, translations, source maps, pictures and icons of no page, marks around code without a colour."""
+    """Remove what no reader misses: pages of chapters that are gone, most of MathJax, translations, source maps, pictures and icons of no page,
+    marks around code without a colour."""
+    known = {path.with_suffix(".html") for path in chapters()}
+    for page in (html / "nbs").rglob("*.html"):
+        if page.relative_to(html) not in known: page.unlink()
     for path in [p for pattern in UNUSED for p in (html / "_static").glob(pattern)] + list(html.rglob("*.map")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = ""

@@ -1,6 +1,7 @@
 """The site: rendered without a warning, every link, anchor and picture there, small enough to carry around."""
 import json
 import re
+import runpy
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -31,6 +32,16 @@ def test_every_chapter_and_module_has_a_page(site):
     api = "".join(p.read_text(encoding="utf-8") for p in (site / "api").glob("*.html"))
     modules = [m[1] for p in NOTEBOOKS if (m := re.search(r"#\| default_exp ([\w.]+)", p.read_text(encoding="utf-8")))]
     assert len(modules) > 30 and [m for m in modules if f'id="expnet.{m}.' not in api] == []
+
+
+def test_the_page_of_a_renamed_chapter_goes(tmp_path):
+    known = NOTEBOOKS[0].relative_to(ROOT).with_suffix(".html")
+    for page in (known, Path("nbs/data/99_gone.html"), Path("index.html")):
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text("<p>a page</p>", encoding="utf-8")
+    (tmp_path / "_images").mkdir()
+    runpy.run_path(str(ROOT / "docs/build.py"))["prune"](tmp_path)
+    assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*.html")} == {known, Path("index.html")}
 
 
 def test_links_anchors_and_pictures_are_there(site):
