@@ -127,12 +127,15 @@ def stage(out: Path) -> None:
         if old.relative_to(out) not in pages: old.unlink()
 
 
-def prune(html: Path) -> None:
-    """Remove what no reader misses: pages of chapters that are gone, most of MathJax, translations, source maps, pictures and icons of no page,
-    marks around code without a colour."""
+def forget(html: Path) -> None:
+    """Remove the pages of chapters that were renamed or are gone; Sphinx leaves them."""
     known = {path.with_suffix(".html") for path in chapters()}
     for page in (html / "nbs").rglob("*.html"):
         if page.relative_to(html) not in known: page.unlink()
+
+
+def prune(html: Path) -> None:
+    """Remove what no reader misses: most of MathJax, translations, source maps, pictures and icons of no page, marks around code without a colour."""
     for path in [p for pattern in UNUSED for p in (html / "_static").glob(pattern)] + list(html.rglob("*.map")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = ""
@@ -154,9 +157,10 @@ def without_icons(script: str, used: set[str]) -> str:
 
 
 def main(folder: Path) -> int:
-    """Stage, render, prune; Sphinx's exit code, which is not 0 after a warning."""
+    """Stage, render, forget, prune; Sphinx's exit code, which is not 0 after a warning."""
     stage(folder / "source")
     code = build_main(["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(folder / "doctrees"), str(folder / "source"), str(folder / "html")])
+    forget(folder / "html")
     prune(folder / "html")
     return code
 

@@ -39,8 +39,7 @@ def test_the_page_of_a_renamed_chapter_goes(tmp_path):
     for page in (known, Path("nbs/data/99_gone.html"), Path("index.html")):
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / page).write_text("<p>a page</p>", encoding="utf-8")
-    (tmp_path / "_images").mkdir()
-    runpy.run_path(str(ROOT / "docs/build.py"))["prune"](tmp_path)
+    runpy.run_path(str(ROOT / "docs/build.py"))["forget"](tmp_path)
     assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*.html")} == {known, Path("index.html")}
 
 
