@@ -15,8 +15,8 @@ import re
 import numpy as np
 from PIL import Image
 
-from .scenes import (BACKGROUNDS, CLEAR, COLOURS, NOISE, SHAPES, SIZES, Group, Scene, apart, block_side, centre_of, clear_backgrounds,
-                                contrast, draw)
+from .scenes import (CLEAR, COLOURS, NOISE, SHAPES, SIZES, Group, Scene, apart, block_side, centre_of, clear_backgrounds, contrast,
+                                draw)
 from .shape_language import captions
 from ..tools import UserError, write_json
 
