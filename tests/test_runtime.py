@@ -10,6 +10,9 @@ import pytest
 from exported import HOW, LONGEST, artefact, captioner, scenes
 from PIL import Image
 
+from expnet.cli.export import make_artefact
+from expnet.decode.caption import caption
+from expnet.decode.search import Beam
 from expnet.deploy.runtime import Runtime
 from expnet.tools import UserError
 
@@ -57,6 +60,15 @@ def photos(tmp_path_factory) -> Path:
     (folder / "bad" / "empty.png").touch()
     (folder / "bad" / "zeros.png").write_bytes(bytes(5000))
     return folder
+
+
+def test_a_beam_of_groups_starts_in_every_group(photos, tmp_path):
+    how = Beam(4, n_best=4, groups=2, diversity=0.5)
+    make_artefact(captioner(), tmp_path / "groups", how, LONGEST, one_call=True)
+    theirs = caption(captioner(), photos, how, max_len=LONGEST)
+    for route in ("two graphs", "one call"):
+        ours = Runtime(tmp_path / "groups", route, threads=1).caption(photos)
+        assert [c.captions for c in ours] == [c.captions for c in theirs]
 
 
 @pytest.mark.parametrize("route", ["two graphs", "one call"])

@@ -59,7 +59,7 @@ def make_artefact(model: Captioner, folder: str | Path, how: Beam = Beam(5), max
     pixels, said = golden_captions(model, pictures or drawn_pictures(4), how, max_len)
     graphs = ("encoder", "beam_step", *["caption"] * one_call)
     facts = export(model, folder, how=how, max_len=max_len, precision=precision, calibration=calibration, graphs=graphs)
-    found = host_loop(Session(folder / "encoder.onnx"), Session(folder / "beam_step.onnx"), pixels, model.vocab)
+    found = host_loop(Session(folder / "encoder.onnx"), Session(folder / "beam_step.onnx"), pixels, model.vocab, how.groups)
     if precision == "fp32" and (where := first_difference(found, said, model.vocab)): raise UserError(f"{folder}: the graphs differ from the model: {where}")
     # torch's words if the graphs must equal them, else their own: those must not change on the way
     np.savez_compressed(folder / "golden.npz", pixels=pixels, **(said if precision == "fp32" else found)._asdict())

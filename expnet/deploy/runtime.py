@@ -52,14 +52,17 @@ class Session:
 # %% ../../nbs/deploy/75_runtime.ipynb #first-values
 KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 
-def first_values(declared: Mapping[str, tuple[Sequence, type]], memory: Mapping[str, np.ndarray | None], batch: int, sos: int) -> dict[str, np.ndarray]:
-    """The inputs of a beam step (declared: name -> shape, type) that change from word to word, as they are before the first."""
+def first_values(declared: Mapping[str, tuple[Sequence, type]], memory: Mapping[str, np.ndarray | None], batch: int, sos: int,
+                 groups: int = 1) -> dict[str, np.ndarray]:
+    """The inputs of a beam step (declared: name -> shape, type) that change from word to word, as they are before the first; the
+    rows of a beam are so many `groups`."""
     # what the loop carries: tokens, sums, states, pasts
     changing = {name: x for name, x in declared.items() if name not in memory or name.startswith("state_")}
     values = {name: np.zeros([n if type(n) is int and n >= 0 else batch for n in shape], kind) for name, (shape, kind) in changing.items()}
     for name in values.keys() & memory.keys(): values[name][...] = memory[name][:, None]
     values["tokens"] += sos                                   # so far zeros
-    values["total"][:, 1:] = -np.inf                          # only the first row of a beam is real before the first word
+    width = values["total"].shape[1]
+    values["total"][:, np.arange(width) % (width // groups) > 0] = -np.inf  # only the first row of a group is real before the first word
     return values
 
 # %% ../../nbs/deploy/75_runtime.ipynb #host-loop
@@ -76,12 +79,12 @@ def chosen(last: Mapping[str, np.ndarray], pad: int) -> Found:
     longest = (tokens != pad).sum(-1).max()                   # [B, n, L]: no column of padding at the end
     return Found(tokens[..., :longest], logp[..., :longest], last["score"])
 
-def host_loop(encoder: Session, step: Session, pixels: np.ndarray, vocab: Vocab) -> Found:
-    """The captions of pictures [B, H, W, 3] from the two graphs: encode once, then step until every row is done."""
+def host_loop(encoder: Session, step: Session, pixels: np.ndarray, vocab: Vocab, groups: int = 1) -> Found:
+    """The captions of pictures [B, H, W, 3] from the two graphs: encode once, then step until every row is done. groups: of the beam."""
     ort_value = library().OrtValue.ortvalue_from_numpy
     memory = encoder({"pixels": ort_value(pixels)})
     declared = {name: (x.shape, KINDS[x.type]) for name, x in step.inputs.items()}
-    first = first_values(declared, {name: x.numpy() for name, x in memory.items()}, len(pixels), vocab.sos)
+    first = first_values(declared, {name: x.numpy() for name, x in memory.items()}, len(pixels), vocab.sos, groups)
     values = memory | {name: ort_value(x) for name, x in first.items()}  # memory once a picture, it never changes
     while True:
         out = step(values)
@@ -92,7 +95,9 @@ def host_loop(encoder: Session, step: Session, pixels: np.ndarray, vocab: Vocab)
 # %% ../../nbs/deploy/75_runtime.ipynb #Deployed
 class Deployed:
     """What every way to run an `artefact` shares: pictures in, captions out. Subclasses define `search`."""
-    def __init__(self, artefact: Artefact): self.artefact, self.vocab, self.prepare = artefact, artefact.vocab, artefact.prepare
+    def __init__(self, artefact: Artefact):
+        self.artefact, self.vocab, self.prepare = artefact, artefact.vocab, artefact.prepare
+        self.groups = artefact.config["beam"].get("groups", 1)
 
     def search(self, pixels: np.ndarray) -> Found:
         """The captions of prepared pictures, bytes [B, size, size, 3]."""
@@ -126,7 +131,7 @@ class Runtime(Deployed):
 
     def search(self, pixels: np.ndarray) -> Found:
         """The captions of prepared pictures, bytes [B, size, size, 3]."""
-        if self.route == "two graphs": return host_loop(*(self.graphs[name] for name in ROUTES[self.route]), pixels, self.vocab)
+        if self.route == "two graphs": return host_loop(*(self.graphs[name] for name in ROUTES[self.route]), pixels, self.vocab, self.groups)
         out = self.graphs["caption"]({"pixels": library().OrtValue.ortvalue_from_numpy(pixels)})
         return Found(*(out[name].numpy() for name in Found._fields))
 

@@ -173,11 +173,11 @@ def recorded(turn: Callable[[], None]) -> Callable[[], None]:
 
 class Loop:
     """The captions of batches of one size: encoder and step as engines with fixed buffers, the step's turn recorded."""
-    def __init__(self, encoder: Engine, step: Engine, batch: int, size: int, sos: int):
+    def __init__(self, encoder: Engine, step: Engine, batch: int, size: int, sos: int, groups: int = 1):
         torch = on_gpu()
         self.encode = Bound(encoder, {"pixels": torch.zeros(batch, size, size, 3, dtype=torch.uint8)})
         memory = self.encode.outputs
-        first = first_values(step.inputs, {name: x.cpu().numpy() for name, x in memory.items()}, batch, sos)
+        first = first_values(step.inputs, {name: x.cpu().numpy() for name, x in memory.items()}, batch, sos, groups)
         self.first = {name: torch.from_numpy(x).cuda() for name, x in first.items()}
         self.step = Bound(step, memory | {name: x.clone() for name, x in self.first.items()})
         self.states = [name for name in first if name in memory]
@@ -229,5 +229,5 @@ class TensorRT(Deployed):
         """The captions of prepared pictures, bytes [B, size, size, 3], B at most `most`."""
         batch = len(pixels)
         if batch > self.most: raise UserError(f"{batch} pictures at a time, but the engines were built for {self.most}")
-        if batch not in self.loops: self.loops[batch] = Loop(self.engines["encoder"], self.engines["beam_step"], batch, self.prepare.size, self.vocab.sos)
+        if batch not in self.loops: self.loops[batch] = Loop(self.engines["encoder"], self.engines["beam_step"], batch, self.prepare.size, self.vocab.sos, self.groups)
         return self.loops[batch](pixels, self.vocab.pad)
