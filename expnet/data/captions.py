@@ -27,7 +27,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its name, its file, its split (train, val or test), its raw captions and, if it was drawn, its scene."""
+    """One picture: its name, its file, its split (train, val, test or test_NAME), its raw captions and, if it was drawn, its scene."""
     id: str
     path: str
     split: str

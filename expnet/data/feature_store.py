@@ -122,7 +122,7 @@ def read_index(file: h5py.File) -> Index:
 
 # %% ../../nbs/data/09_feature_store.ipynb #FeatureStore
 class FeatureStore:
-    """The features in the HDF5 file `path`, as `write_features` or the original code wrote them; UserError if it is neither.
+    """The features in the HDF5 file `path`, as `write_features` of the next chapter or the original code wrote them; UserError if it is neither.
 
     `id in store`, `len(store)` and `store.ids` tell what is there; `regions` (of the widest or first picture), `dim`, `dtype`,
     `spec` and `prepare` what it is. Safe to use from many processes and threads; pickled as its path."""

@@ -52,7 +52,7 @@ def to_stored(x: torch.Tensor, dtype: str, paths: Sequence[str]) -> np.ndarray:
 
 # %% ../../nbs/data/10_features.ipynb #describe
 def describe(backbone: nn.Module, dtype: str, device: str) -> dict:
-    """What defines a file of features of `backbone`: spec, prepare, dtype, and shape, found by looking at one black picture."""
+    """What defines a file of features of `backbone`: spec, prepare, dtype, and shape, found by looking at one picture of zeros."""
     if dtype not in KINDS: raise UserError(f"dtype {dtype!r}: {' or '.join(KINDS)}")
     size = backbone.prepare.size
     with working(backbone, device): shape = list(backbone(torch.zeros(1, 3, size, size, device=device)).shape[1:])
@@ -157,7 +157,7 @@ def write_features(path: str | Path, items: Iterable[Item], backbone: nn.Module,
     """Compute the features of `items` that the HDF5 file `path` lacks and store them there, `dtype` "fp16" or "fp32".
 
     `backbone` maps images [B, 3, S, S] to [B, regions, dim] and has `.prepare` (Preprocess) and `.spec` (dict for JSON).
-    Until all are there the file is called `path`.part; an interrupted run is continued by the same call. Pictures are decoded
+    Until all have been tried the file is called `path`.part; an interrupted run is continued by the same call. Pictures are decoded
     by `workers` processes (0: by this one). A bad file is left out and reported, or ends the run (`on_bad` "raise").
     Called in each of several processes, every one does its share. `progress` is told (finished, total) after every batch, without the shares of others.
     UserError: the stored features are of another kind, not finite, too large for the dtype, or no picture could be read."""

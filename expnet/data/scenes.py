@@ -168,7 +168,7 @@ def arrange(count: int, side: float, rng: np.random.Generator) -> list[tuple[flo
     return [(-half, -half), (half, -half), (-half, half), (half, half)]
 
 # %% ../../nbs/data/02_scenes.ipynb #MEETING
-MEETING = 24  # pixels that two overlapping shapes share at least
+MEETING = 24  # pixels that two overlapping shapes share at least, before their block shrinks by one unit
 
 
 @lru_cache

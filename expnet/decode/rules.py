@@ -86,7 +86,7 @@ def no_bad_end(vocab, words: Iterable[str] = BAD_ENDS) -> Rule:
 
 # %% ../../nbs/decode/27_rules.ipynb #force
 def force(words: Sequence[str], vocab, max_len: int) -> Rule:
-    """The rule that every one of `words` is said within `max_len` tokens, SOS counted (that of `decode`, or the model's).
+    """The rule that every one of `words` is said within `max_len` tokens, SOS counted (that of `decode` or the model's, whichever is smaller).
 
     UserError if a word is not in the vocabulary or the words do not fit."""
     unknown = [word for word in words if word not in vocab.index]

@@ -157,6 +157,7 @@ class Beam(How):
 
     def pick(self, rows: Rows, scores: Tensor, luck=None) -> tuple[Tensor, Tensor]:
         """The best continuations: parents (places among the B·W rows) and words [B, size, or V if that is less]."""
+        # above every unfinished total, so that a finished sentence always keeps its row
         safe = rows.done & rows.total.isfinite() & (self.style == "pool")
         totals = rows.total.masked_fill(safe, 1e30)[..., None] + scores                            # (batch, rows, vocab)
         size, (batch, width) = self.size // self.groups, rows.done.shape

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .artefact import Artefact, digest, open_folder
-from .runtime import KINDS, Deployed, Found, chosen, first_values
+from .runtime import Deployed, Found, chosen, first_values
 from ..tools import UserError, whole_file
 
 # %% ../../nbs/deploy/76_tensorrt.ipynb #library
