@@ -71,6 +71,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'expnet/classics/originals.py'),
                                            'expnet.classics.originals.in_order': ( 'classics/originals.html#in_order',
                                                                                    'expnet/classics/originals.py'),
+                                           'expnet.classics.originals.naming': ( 'classics/originals.html#naming',
+                                                                                 'expnet/classics/originals.py'),
                                            'expnet.classics.originals.read_both': ( 'classics/originals.html#read_both',
                                                                                     'expnet/classics/originals.py'),
                                            'expnet.classics.originals.read_words_of': ( 'classics/originals.html#read_words_of',

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from expnet.score import java
+from expnet.score.evaluate import pick
 from expnet.score.java import Conversation, Meteor, java_missing, java_tokenize, meteor, running_meteor, spice, spice_missing
 from expnet.score.tokens import ptb_tokenize
 from expnet.tools import UserError
@@ -213,7 +214,8 @@ def test_one_sentence_for_each_thing_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
     running_meteor.cache_clear()
-    for call in (lambda: meteor([["a"]], [[["a"]]]), lambda: spice([["a"]], [[["a"]]]), lambda: java_tokenize(["a"])):
+    for call in (lambda: meteor([["a"]], [[["a"]]]), lambda: spice([["a"]], [[["a"]]]), lambda: java_tokenize(["a"]),
+                 lambda: pick(["default", "METEOR"]), lambda: pick(["spice"])):
         with pytest.raises(UserError, match="cannot run: Java is not installed") as caught: call()
         assert "\n" not in str(caught.value)
 

@@ -45,6 +45,17 @@ def test_a_chapter_is_a_chapter(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_chapter_imports_what_it_uses(path):
+    lines = "\n".join(cells(path, "code")).splitlines()
+    tree = ast.parse("\n".join("" if line.startswith(("!", "%")) else line for line in lines))
+    imports = [alias for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    quoted = " ".join(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    names = {(alias.asname or alias.name).split(".")[0] for alias in imports} - words - set(re.findall(r"\w+", quoted))
+    assert not names, "imported for nothing: " + ", ".join(sorted(names))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_links_between_chapters_lead_somewhere(path):
     targets = [t for text in cells(path, "markdown") for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t]
     assert [t for t in targets if not (path.parent / t).exists()] == []

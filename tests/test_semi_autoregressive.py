@@ -92,6 +92,27 @@ def test_maps_are_what_is_left_when_a_region_or_a_word_is_taken_away():
     assert (look.aux["attention"][..., 2] == 0).all()
 
 
+@torch.no_grad()
+def test_maps_are_the_shares_of_both_attentions():
+    net, x, tokens = model(2), torch.randn(1, 5, 12).double(), torch.tensor([[vocab.sos, vocab.sos, 5, 6]])
+    memory, layer = net.encode(x), net.decoder[-1]
+    state = net.step(memory, net.start(memory), tokens[:, :2]).state
+    aux = net.step(memory, state, tokens[:, 2:], look=True).aux
+
+    def shares(attention, asks, looked_at):
+        "Softmax of queries times keys, head by head; their mean."
+        q, k = (part.chunk(attention.heads, -1) for part in (attention.query(asks), attention.remember(looked_at).chunk(2, -1)[0]))
+        return torch.stack([(a @ b.mT / a.shape[-1]**0.5).softmax(-1) for a, b in zip(q, k)]).mean(0)
+
+    groups = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    y = net.words(tokens)
+    for below, kept in zip(net.decoder[:-1], memory.cache): y = below(y, groups, kept, torch.ones(1, 1, 1, 5, dtype=torch.bool))
+    z = layer.norm1(y)
+    heard = layer.norm2(y + layer.attention(z, layer.attention.remember(z), groups))
+    assert (aux["words"] - shares(layer.attention, z, z)[:, 2:]).abs().max() < 1e-9
+    assert (aux["attention"] - shares(layer.cross, heard, memory.x)[:, 2:]).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("K", [2, 4, 6])
 def test_a_teacher_lends_all_of_its_weights(K):
     teacher = model(1, torch.float32)

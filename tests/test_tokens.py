@@ -36,7 +36,9 @@ def test_the_short_way_says_the_same():
     ("S. The man", "s the man"), ("S. the man", "s. the man"), ("Miss. Smith", "miss. smith"), ("miss. smith", "miss smith"),
     ("mr.smith", "mr.smith"), ("No. 5", "no. 5"), ("No. five", "no five"), ("6-8:30am", "6-8 :30 am"), ("rock'n'roll", "rock 'n' roll"),
     ("'tis y'all o'clock '90s '90's", "'t is y' all o'clock '90s 90 's"), ("a@b.com, @me #tag", "a@b.com @me #tag"), (":-) :p", ":--rrb- :p"),
-    ("22 3/4 st", "22\xa03/4 st"), ("$5.00/lb", "$ 5.00 / lb"), ("café naïve-looking 日本", "café naïve-looking 日本"), ("a😀b", "a b")])
+    ("22 3/4 st", "22\xa03/4 st"), ("$5.00/lb", "$ 5.00 / lb"), ("café naïve-looking 日本", "café naïve-looking 日本"), ("a😀b", "a b"),
+    ("a dog., a cat", "a dog. a cat"), ("a T-shirt.; 5.: red", "a t-shirt. 5. red"), ("Company B. AT&T store", "company b. at&t store"),
+    ("a m&ms.: b", "a m & ms. b")])
 def test_as_the_java_program_was_seen_to_do(text, tokens):
     assert " ".join(ptb_tokenize(text)) == tokens
 

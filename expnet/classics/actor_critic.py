@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .show_attend_tell import ShowAttendTell, ShowAttendTellConfig
 from ..data.batches import Batch
-from ..models.captioner import Captioner, Memory
+from ..models.captioner import Memory
 from ..score.reward import BleuReward, References, Reward, spoken
 from ..tools import UserError
 from ..train.recipes import Extract, Recipe

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'RESNETS', 'TELL', 'ATTEND', 'RECIPE', 'in_order', 'read_words_of', 'resnet_of', 'rename', 'split_cell',
-           'fitted', 'same_words', 'import_show_tell', 'read_both', 'import_show_attend_tell']
+           'fitted', 'naming', 'same_words', 'import_show_tell', 'read_both', 'import_show_attend_tell']
 
 # %% ../../nbs/classics/56_originals.ipynb #imports
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def in_order(numbers: Mapping[str, int], path: str | Path) -> list[str]:
 def read_words_of(path: str | Path) -> Vocab:
     """The vocabulary in a tutorial's file: vocab.pkl, WORDMAP_….json, a JSON list, or text with a word on each line."""
     path = Path(path)
+    if not path.exists(): raise UserError(f"{path}: no such file")
     if path.suffix == ".txt": words = path.read_text(encoding="utf-8").split()
     elif path.suffix == ".json":
         value = read_json(path)
@@ -88,6 +90,12 @@ def fitted(model: Captioner, ours: Mapping[str, Tensor], unused: list[str], path
     model.load_state_dict({name: x for name, x in ours.items() if name in own}, strict=False)
     return model.eval(), report
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Where a tensor is missing whose size is needed: a UserError with its name and `path`."""
+    try: yield
+    except KeyError as error: raise UserError(f"{path}: no tensor for {error}") from error
+
 def same_words(vocab: Vocab, table: Tensor, path: str | Path) -> None:
     """UserError if the table of word vectors has another number of rows than the vocabulary has words."""
     if len(vocab) != len(table): raise UserError(f"{path}: has {len(table)} words, the vocabulary {len(vocab)}: it belongs to another training")
@@ -97,9 +105,10 @@ def import_show_tell(decoder: str | Path, encoder: str | Path, vocab: str | Path
     tensors = {f"{side}.{name}": x for side, path in (("encoder", encoder), ("decoder", decoder)) for name, x in read_weights(path).items()}
     if "decoder.lstm.weight_hh_l0" not in tensors: raise UserError(f"{decoder}: has no LSTM (lstm.weight_hh_l0): is it the decoder's file?")
     words, ours = read_words_of(vocab), rename(tensors, TELL)
-    same_words(words, ours["embed.weight"], decoder)
     layers = sum(name.startswith("lstm.weight_hh") for name in ours)  # weight_hh_l0, weight_hh_l1, ...
-    config = ShowTellConfig(ours["input.weight"].shape[1], ours["embed.weight"].shape[1], ours["lstm.weight_hh_l0"].shape[1], layers)
+    with naming(decoder):
+        same_words(words, ours["embed.weight"], decoder)
+        config = ShowTellConfig(ours["input.weight"].shape[1], ours["embed.weight"].shape[1], ours["lstm.weight_hh_l0"].shape[1], layers)
     model = ShowTell(config, words, resnet_of(tensors, size, pooled=True))
     return fitted(model, ours, [n for n in tensors if not rename({n: 0}, TELL)], decoder)
 
@@ -120,11 +129,12 @@ def import_show_attend_tell(path: str | Path, vocab: str | Path, size: int = 256
     """The model in the state dicts of sgrvinod's encoder and decoder with WORDMAP_….json, and how the tensors fitted."""
     tensors, words = read_both(path), read_words_of(vocab)
     if "decoder.decode_step.weight_hh" not in tensors: raise UserError(f"{path}: has no LSTM cell (decoder.decode_step.weight_hh)")
-    ours = rename(tensors, ATTEND) | split_cell(tensors)
+    with naming(path):
+        ours = rename(tensors, ATTEND) | split_cell(tensors)
+        same_words(words, ours["embed.weight"], path)
+        config = ShowAttendTellConfig(ours["decoder.gate.weight"].shape[0], ours["embed.weight"].shape[1], ours["head.weight"].shape[1],
+                                      len(ours["decoder.attention.key.weight"]))
     ours.pop("decoder.attention.score.bias", None)            # the same for every region, so the softmax does not see it
-    same_words(words, ours["embed.weight"], path)
-    config = ShowAttendTellConfig(ours["decoder.gate.weight"].shape[0], ours["embed.weight"].shape[1], ours["head.weight"].shape[1],
-                                  len(ours["decoder.attention.key.weight"]))
     used = lambda name: name.startswith("decoder.decode_step.") or rename({name: 0}, ATTEND)
     unused = [name for name in tensors if not used(name) or name == "decoder.attention.full_att.bias"]
     return fitted(ShowAttendTell(config, words, resnet_of(tensors, size, grid=grid)), ours, unused, path)

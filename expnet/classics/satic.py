@@ -91,6 +91,8 @@ def import_satic(checkpoint: str | Path, labels: str | Path, K: int = 1, heads: 
 
     K: words a step it was trained for. UserError names the tensors that are missing, left over or of another size than the words."""
     stored, vocab = read_weights(checkpoint), vocabulary(labels)
+    first = stored.get("att_embed.0.weight")
+    if first is not None and first.ndim == 1: raise UserError(f"{checkpoint}: normalises its regions by batch (use_bn), which has no place here")
     try:
         config = sizes_of(stored, heads, K)
         weights = translate(stored, config)

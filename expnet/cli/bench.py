@@ -7,7 +7,6 @@ __all__ = ['CASES', 'bench', 'seconds', 'in_turns', 'Case', 'subject', 'ways', '
 
 # %% ../../nbs/deploy/83_bench_command.ipynb #imports
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Annotated

@@ -39,7 +39,7 @@ def need(record: dict, name: str, kind: type, where: str):
     """`record[name]`, which must exist and be of type `kind`; UserError, starting with `where`, otherwise."""
     if not isinstance(record, dict): raise UserError(f"{where}: expected an object with the field {name!r}")
     if name not in record: raise UserError(f"{where}: field {name!r} is missing (fields here: {', '.join(record) or 'none'})")
-    if not isinstance(record[name], kind):
+    if not isinstance(record[name], kind) or isinstance(record[name], bool):   # Python takes True for an int
         raise UserError(f"{where}: field {name!r} must be {getattr(kind, '__name__', kind)}, not {type(record[name]).__name__}")
     return record[name]
 
@@ -104,9 +104,9 @@ def find_image(images: str | Path, names: Sequence[str], where: str, check: bool
     return path or paths[0]
 
 
-def claim(seen: dict[str, str], id: str, where: str) -> str:
-    """`id`, noted in `seen` as used at `where`; UserError if it was used before."""
-    if id in seen: raise UserError(f"{where}: field 'id': duplicate id {id!r}, first used at {seen[id]}")
+def claim(seen: dict[str, str], id: str, where: str, name: str = "id") -> str:
+    """`id`, from the field `name`, noted in `seen` as used at `where`; UserError if it was used before."""
+    if id in seen: raise UserError(f"{where}: field {name!r}: duplicate id {id!r}, first used at {seen[id]}")
     seen[id] = where
     return id
 

@@ -18,7 +18,7 @@ from ..data.shape_language import scene_exact, scene_f1
 from .bleu import bleu, bleu_counts
 from .cider import CiderD, DocumentFrequency
 from .diversity import distinct, ends_badly, equal_sizes, is_novel, mutual_bleu, repeats, self_cider, vocabulary
-from .java import meteor, spice
+from .java import java_missing, meteor, spice, spice_missing
 from .rouge import rouge_l
 from .tokens import ptb_tokenize
 from ..tools import UserError, read_json, write_json
@@ -54,7 +54,10 @@ def pick(names: Sequence[str]) -> dict[str, Metric]:
     groups = {"default": METRICS, "habits": HABITS} | {name.lower(): {name: metric} for name, metric in (METRICS | MORE).items()}
     unknown = [name for name in names if name.lower() not in groups]
     if unknown: raise UserError(f"metric {unknown[0]!r}: choose from {', '.join(groups)}")
-    return {name: metric for wanted in names for name, metric in groups[wanted.lower()].items()}
+    found = {name: metric for wanted in names for name, metric in groups[wanted.lower()].items()}
+    for name, missing in (("METEOR", java_missing), ("SPICE", spice_missing)):
+        if name in found and (why := missing()): raise UserError(f"metric {name} cannot run: {why}")
+    return found
 
 # %% ../../nbs/score/38_evaluate.ipynb #columns
 def columns(name: str, values: float | np.ndarray, axes: int) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ def read_results(path: str | Path) -> dict[str, str]:
     captions, seen = {}, {}
     for number, entry in enumerate(value):
         where = f"{path}: entry {number}"
-        name = claim(seen, str(need(entry, "image_id", int | str, where)), where)  # a picture that comes twice is an error, not an overwriting
+        name = claim(seen, str(need(entry, "image_id", int | str, where)), where, "image_id")  # a picture that comes twice is an error, not an overwriting
         captions[name] = need(entry, "caption", str, where)
     return captions
 

@@ -56,7 +56,7 @@ class Data:
         found, kind = (self.pictures, "pictures") if phase.end_to_end or phase.augment else (self.store, "features")
         if found is None: raise UserError(f"phase {phase.name}: needs {kind}, and this data has none")
         if phase.augment: return Augmented(self.items, found.prepare, found.regions, phase.seed)
-        if phase.mirror and (self.mirrored is None or phase.end_to_end):
+        if phase.mirror and self.mirrored is None:
             raise UserError(f"phase {phase.name}: mirror needs features of both sides (make them with: expnet features --mirror)")
         return TwoSides(found, self.mirrored, phase.seed) if phase.mirror else found
 

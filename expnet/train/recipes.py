@@ -54,13 +54,13 @@ def extract(folder: str | Path, backbone: Backbone, device: str | None = None, i
 
     mirror: write mirrored.h5 instead, of the training pictures whose captions are true of their mirror images.
     items: by default those of the data folder `folder`. device: by default that of the process.
-    UserError if the features that are there were made with other weights."""
+    UserError if the features that are there were made with other weights, or nobody knows with which."""
     folder, here = Path(folder), PartialState()
-    weights = folder / "backbone.safetensors"
-    if weights.exists() and any((folder / name).exists() for name in ("features.h5", "features.h5.part")):
-        if not same_weights(backbone, read_weights(weights)):
-            raise UserError(f"{weights}: the features beside it were made with other weights; choose a new folder")
-    elif here.is_main_process: save_tensors(weights, backbone.state_dict())
+    weights, there = folder / "backbone.safetensors", any((folder / name).exists() for name in ("features.h5", "features.h5.part"))
+    if there and not weights.exists(): raise UserError(f"{weights}: no such file, and the features beside it cannot be continued without it")
+    if there and not same_weights(backbone, read_weights(weights)):
+        raise UserError(f"{weights}: the features beside it were made with other weights; choose a new folder")
+    if not there and here.is_main_process: save_tensors(weights, backbone.state_dict())
     here.wait_for_everyone()
     items, name = load_items(folder / "items.jsonl") if items is None else items, "features.h5"
     if mirror: items, backbone, name = list(filter(fits_mirror, of_split(items, "train"))), Mirrored(backbone), "mirrored.h5"
