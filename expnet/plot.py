@@ -27,7 +27,7 @@ def as_array(values) -> np.ndarray:
     return np.asarray((values.float() if values.is_floating_point() else values).detach().cpu())  # numpy knows no bfloat16
 
 def as_picture(image) -> np.ndarray:
-    """`image` (PIL, array or tensor; H×W, H×W×3 or 3×H×W; 0..1 or 0..255) as an array that imshow takes."""
+    """`image` (PIL, array or tensor; H×W, H×W×3 or 3×H×W; fractions 0..1 or whole numbers 0..255) as an array that imshow takes."""
     array = as_array(image)
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3: array = array.transpose(1, 2, 0)  # colours first, as in torch
     if array.ndim not in (2, 3): raise ValueError(f"a picture has 2 or 3 axes, not {array.ndim}")

@@ -40,6 +40,7 @@ def pick_device(name: str = "auto") -> "torch.device":
     if device.type == "cuda" and not torch.cuda.is_available(): raise UserError(f"device {name!r}: no CUDA GPU is visible")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA GPUs")
+    if device.type not in ("cpu", "cuda", "mps"): raise UserError(f"device {name!r}: this book knows cpu, cuda and mps")
     if device.type == "mps" and not mps: raise UserError(f"device {name!r}: no Apple GPU is visible")
     return device
 
@@ -54,6 +55,7 @@ DRAWS = {"uniform_", "normal_", "kaiming_uniform_", "erfinv_", "mul_", "add_", "
 @contextmanager
 def undrawn() -> Iterator[None]:
     """Within `with undrawn():` new layers reserve their weights without drawing them. All of them must be set afterwards."""
+    import torch
     from torch.nn import Parameter
     from torch.overrides import TorchFunctionMode
     class Mode(TorchFunctionMode):
@@ -61,7 +63,8 @@ def undrawn() -> Iterator[None]:
             target = args[0] if args else (kwargs or {}).get("tensor")    # nn.init hands it over by name
             skip = isinstance(target, Parameter) and getattr(func, "__name__", "") in DRAWS
             return target if skip else func(*args, **(kwargs or {}))
-    with Mode(): yield
+    # what is drawn all the same, in a loop of torch's own that ends by chance, leaves no trace
+    with torch.random.fork_rng(devices=[]), Mode(): yield
 
 # %% ../nbs/00_tools.ipynb #whole-file
 @contextmanager

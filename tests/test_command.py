@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from expnet.cli.export import calibration_pictures
@@ -54,8 +55,12 @@ def test_own_captions_to_captions_of_files(folder):
     assert "train: 18 pictures, 90 captions" in said and "test: 6 pictures" in said
     said = expnet("features", "data", "--backbone", "shapes", "--device", "cpu", cwd=folder).stdout
     assert "29 written" in said and "1 bad" in said
-    said = expnet("train", "data", "--out", "model", "--recipe", "tiny", "--phases", "xe", "--epochs", "1", "--batch-size", "6", "--device", "cpu", cwd=folder).stdout
-    assert "1 pictures have no features and are left out" in said
+    train = ("train", "data", "--out", "model", "--recipe", "tiny", "--epochs", "1", "--batch-size", "6", "--device", "cpu", "--phases")
+    assert "none of these phases trains" in expnet(*train, "features", cwd=folder).stdout
+    assert "1 pictures have no features and are left out" in expnet(*train, "xe", cwd=folder).stdout
+    before = (folder / "model" / "config.json").read_bytes()
+    one_line(expnet(*train, "xe", "--K", "2", cwd=folder, ok=False), "K was 1, now 2")
+    assert (folder / "model" / "config.json").read_bytes() == before
     said = expnet("evaluate", "model", "data", "--device", "cpu", "--out", "scores", cwd=folder).stdout
     assert "CIDEr-D" in said
     results = json.loads((folder / "scores" / "captions.json").read_text())
@@ -71,10 +76,20 @@ def test_own_captions_to_captions_of_files(folder):
     (["caption", "no-model", "photos"], "no-model: no such model folder"),
     (["train", "no-data", "--out", "m"], "no-data: no such data folder"),
     (["prepare", "new", "missing.csv"], "missing.csv"),
-    (["features", "nothing-here", "--backbone", "shapes"], "nothing-here"),
+    (["features", "nothing-here", "--backbone", "shapes", "--device", "cpu"], "nothing-here/items.jsonl: no such file"),
+    (["train", ".", "--out", "m", "--device", "meta"], "device 'meta'"),
+    (["train", ".", "--out", "m", "--track", "abacus"], "tracker 'abacus'"),
+    (["caption", "no-model", "photos", "--json", "--sentences"], "--sentences is for text"),
+    (["caption", "no-model", "photos", "--gallery", "g.foo"], "g.foo: the name of a gallery ends in"),
 ])
 def test_a_mistake_is_one_line_that_names_it(folder, words, expected):
     one_line(expnet(*words, cwd=folder, ok=False), expected)
+    assert not (folder / "nothing-here").exists() and not (folder / "m").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_trained(folder):
+    one_line(expnet("train", ".", "--out", "m", "--device", "cuda", cwd=folder, ok=False), "no CUDA GPU is visible")
 
 
 def test_help_lists_the_commands_in_their_order(folder):
@@ -111,8 +126,9 @@ def test_qdq_is_calibrated_on_a_data_folder_and_tensorrt_is_asked_without_a_gpu(
     (["--precision", "qdq"], "needs pictures for its calibration: --calibration FOLDER"),
     (["--precision", "fp16", "--calibration", "photos"], "'fp16': nothing to calibrate"),
     (["--precision", "qdq", "--calibration", "empty"], "empty: no picture files in it"),
+    (["--golden", "photos/train_000007.png"], "train_000007.png"),
 ])
-def test_a_calibration_that_cannot_be_is_refused_before_the_old_artefact_is_touched(folder, model, options, expected):
+def test_pictures_that_cannot_be_are_refused_before_the_old_artefact_is_touched(folder, model, options, expected):
     (folder / "empty").mkdir(exist_ok=True)
     (folder / "old").mkdir(exist_ok=True)
     (folder / "old" / "config.json").write_text('{"format": 1}')

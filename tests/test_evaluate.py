@@ -15,6 +15,7 @@ from expnet.score.compare import bootstrap, compare
 from expnet.score.diversity import collapse
 from expnet.score.evaluate import HABITS, METRICS, Scores, evaluate, evaluate_sets, pick, table
 from expnet.score.results import as_number, read_references, read_results, write_results
+from expnet.score.tokens import ptb_tokenize
 from expnet.tools import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden200.json").read_text(encoding="utf-8"))
@@ -123,6 +124,10 @@ def test_collapse_is_never_applied_unasked():
     stutter = {"a": "a dog dog runs home", "b": "two cats sleep"}
     plain, asked = evaluate(stutter, items), evaluate(stutter, items, rule=collapse)
     assert plain.notes == () and plain.totals["BLEU-1"] < asked.totals["BLEU-1"] and asked.notes == ("1 captions were changed by collapse",)
+    several = {name: [text, "a dog"] for name, text in stutter.items()}
+    short = {name: [" ".join(collapse(ptb_tokenize(text))) for text in texts] for name, texts in several.items()}
+    asked, by_hand = evaluate_sets(several, items, rule=collapse), evaluate_sets(short, items)
+    assert {row: scores.totals for row, scores in asked.items()} == {row: scores.totals for row, scores in by_hand.items()}
 
 
 # --- files

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_a_chapter_imports_what_it_uses(path):
     quoted = " ".join(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
     names = {(alias.asname or alias.name).split(".")[0] for alias in imports} - words - set(re.findall(r"\w+", quoted))
     assert not names, "imported for nothing: " + ", ".join(sorted(names))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_pictures_are_small(path):
+    outputs = [o.get("data", {}) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
+    sizes = [len(b64decode("".join(data["image/png"]))) for data in outputs if "image/png" in data]
+    assert max(sizes, default=0) < 40_960, "a picture of the book is below 40 KB"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

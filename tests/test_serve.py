@@ -16,7 +16,7 @@ from PIL import Image
 
 pytest.importorskip("starlette", reason="serve needs the extra serve")
 pytest.importorskip("uvicorn", reason="serve needs the extra serve")
-from expnet.cli.serve import Desk, Limits, application, running
+from expnet.cli.serve import Desk, Limits, address as address_of, application, listening, running, search_of
 from expnet.data.vocabulary import Vocab
 from expnet.data.shapes import record
 from expnet.decode.search import Beam
@@ -126,6 +126,11 @@ def test_the_page_and_the_limits(address):
     page = urlopen(address).read().decode()
     assert "Drop pictures here" in page and "http" not in page.replace("http-equiv", "")        # nothing is fetched from elsewhere
     assert json.load(urlopen(f"{address}/about")) == {"models": ["tiny"], "exported": [], "megabytes": 2, "megapixels": 40, "beam": 10}
+
+
+def test_an_address_of_ipv6_has_brackets_and_a_small_limit_is_a_default():
+    with listening("127.0.0.1", 0) as place: assert address_of("::1", place) == f"http://[::1]:{place.getsockname()[1]}"
+    assert (search_of({}, Limits(beam=2)).size, search_of({}).size) == (2, 3)
 
 
 def test_it_is_asked_from_this_computer_alone(address):

@@ -76,6 +76,7 @@ def subject(name: str) -> tuple[ExpansionNet, int]:
     sizes = {"coco": (10_000, 1536, 144), "tiny": (100, 128, 64)}  # words, numbers a region, regions
     if name not in sizes:
         model = load(name)
+        if not isinstance(model, ExpansionNet): raise UserError(f"{name}: a {type(model).__name__}; the full recompute is written for ExpansionNet")
         return model, model.backbone.regions if model.backbone else 144
     words, features, regions = sizes[name]
     vocab = Vocab([*sorted(["EOS", "PAD", "SOS", "UNK"]), *(f"w{i:05}" for i in range(words - 4))])

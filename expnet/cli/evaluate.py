@@ -92,7 +92,7 @@ def evaluate(model: ModelFolder, folder: Folder, split: Split = "test",
         draw = Sample(samples, temperature, generator=torch.Generator(where).manual_seed(seed))
         with Counting("samples") as watch: drawn, _ = evaluate_split(net, data, split, draw, limit, watch, metrics={})
         asked = {name: metric for name, metric in how["metrics"].items() if name not in (*HABITS, "novel")}   # no best habit
-        rows |= evaluate_sets({c.name: c.captions for c in drawn}, items, asked, read)
+        rows |= evaluate_sets({c.name: c.captions for c in drawn}, items, asked, read, rule)
     show(rows)
     if not out: return
     leave(out, scores, captions, items)

@@ -55,8 +55,9 @@ def make_artefact(model: Captioner, folder: str | Path, how: Beam = Beam(5), max
 
     pictures: the golden ones (none: four drawn scenes). The other arguments as in `expnet.deploy.export.export`."""
     if model.backbone is None: raise UserError("this model has no backbone: it captions stored features, and an artefact captions pictures")
-    folder = make_room(Path(folder))
+    # first the pictures, which may be bad: making room takes away the artefact that was there
     pixels, said = golden_captions(model, pictures or drawn_pictures(4), how, max_len)
+    folder = make_room(Path(folder))
     graphs = ("encoder", "beam_step", *["caption"] * one_call)
     facts = export(model, folder, how=how, max_len=max_len, precision=precision, calibration=calibration, graphs=graphs)
     found = host_loop(Session(folder / "encoder.onnx"), Session(folder / "beam_step.onnx"), pixels, model.vocab, how.groups)

@@ -39,6 +39,9 @@ def import_model(checkpoint: Annotated[Path, typer.Argument(help="The published 
                  strict: Annotated[bool, typer.Option(help="Refuse a file that lacks weights, instead of drawing them.")] = True,
                  kind: Annotated[str, typer.Option(help="ExpansionNet, or of a tutorial: ShowTell, ShowAttendTell.")] = "ExpansionNet") -> None:
     """Turn a published ExpansionNet v2 checkpoint, or that of a tutorial, into a model folder."""
+    told = {"--static": numbers(static) != ExpansionNetConfig.static, "--heads": heads != ExpansionNetConfig.heads, "--as-original": as_original,
+            "--no-strict": not strict, "--backbone": kind == "ShowAttendTell" and backbone}
+    if kind != "ExpansionNet" and (lost := [name for name, given in told.items() if given]): raise UserError(f"kind {kind}: knows no {lost[0]}")
     if kind == "ShowTell" and backbone: model, report = import_show_tell(checkpoint, backbone, vocab)  # yunjey's encoder is a file of its own
     elif kind == "ShowAttendTell": model, report = import_show_attend_tell(checkpoint, vocab)
     elif kind == "ExpansionNet": model, report = import_official(checkpoint, vocab, numbers(static), heads, backbone, as_original, strict)

@@ -26,19 +26,21 @@ SETS = {"test": "after all phases", "test_pairs": "colour-shape pairs never seen
 
 @app.command()
 def quickstart(out: Annotated[Path, typer.Option(help="Everything is written here.")] = Path("runs/quickstart"), seed: int = 0,
-               pictures: Annotated[int, typer.Option(help="Training pictures to draw.")] = 6000, epochs: int = None,
+               pictures: Annotated[int, typer.Option(min=1, help="Training pictures to draw.")] = 6000,
+               epochs: Annotated[int, typer.Option(min=1, help="Of each phase. [default: the recipe's]")] = None,
                device: Device = "cpu") -> None:
     """Draw a world, learn to caption it, score the captions and show them: minutes, no GPU, nothing downloaded."""
     began, how, device = time.time(), recipe("tiny"), str(pick_device(device))  # the processor by default: the promise is "no GPU"
     how = how.change(seed=seed, **({} if epochs is None else {"epochs": epochs}))
     data_folder, model_folder = out / "data", out / "model"
     asked = {"pictures": pictures, "seed": seed, "epochs": epochs}  # what a second call must not change, or it would go on with another world
-    if (out / "quickstart.json").exists() and (before := read_json(out / "quickstart.json")) != asked:
+    drawn = (data_folder / "items.jsonl").exists()
+    if drawn and (before := read_json(out / "quickstart.json")) != asked:
         raise UserError(f"{out}: holds a quickstart with other numbers ({before}): choose another --out")
     write_json(out / "quickstart.json", asked)
     console.print(f"[bold]draw a world[/bold] of {pictures:,} training pictures, five captions each")
     # a second call goes on where the first was stopped
-    if not (data_folder / "items.jsonl").exists(): console.print(prepare_world(data_folder, n_train=pictures, seed=seed))
+    if not drawn: console.print(prepare_world(data_folder, n_train=pictures, seed=seed))
     with Training("training") as watch: train_recipe(data_folder, model_folder, how, device, watch, backbone=make_backbone("shapes"))
     console.print("[bold]test on pictures never seen[/bold], beam 3")
     report(out, data_folder, model_folder, how, device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOPBACK', 'Limits', 'number', 'search_of', 'received', 'pixels_claimed', 'describe', 'as_answer',
-           'describe_exported', 'Desk', 'body_of', 'application', 'listening', 'running', 'serve']
+           'describe_exported', 'Desk', 'body_of', 'application', 'listening', 'address', 'running', 'serve']
 
 # %% ../../nbs/deploy/86_serve_command.ipynb #imports
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ def number(given: Mapping[str, str], name: str, low: float, high: float, default
 def search_of(given: Mapping[str, str], limits: Limits = Limits()) -> Beam | Sample:
     """The search that the words of an address ask for: `n` sentences by a beam of `beam`, or, with `temperature`, by sampling."""
     n = number(given, "n", 1, limits.beam, 1)
-    if "temperature" not in given: return Beam(number(given, "beam", 1, limits.beam, max(3, n)), n)
+    if "temperature" not in given: return Beam(number(given, "beam", 1, limits.beam, min(limits.beam, max(3, n))), n)
     return Sample(n, number(given, "temperature", 0.05, 5, 1.0), seed=number(given, "seed", 0, 2**31, 0))
 
 # %% ../../nbs/deploy/86_serve_command.ipynb #received
@@ -159,6 +159,10 @@ def listening(host: str, port: int) -> socket:
     """A socket that listens at `host` and `port` (0: any free one); OSError if the place is taken."""
     return create_server((host, port), family=AF_INET6 if ":" in host else AF_INET)
 
+def address(host: str, place: socket) -> str:
+    """What to type in a browser for the socket `place` at `host`."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
+
 @contextmanager
 def running(asked, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """The address at which the application `asked` is served by a thread until the block ends."""
@@ -166,7 +170,7 @@ def running(asked, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     server, place = uvicorn.Server(uvicorn.Config(asked, log_level="warning")), listening(host, port)
     thread = Thread(target=partial(server.run, sockets=[place]), daemon=True)
     thread.start()
-    try: yield f"http://{host}:{place.getsockname()[1]}"
+    try: yield address(host, place)
     finally:
         server.should_exit = True
         thread.join()
@@ -182,5 +186,5 @@ def serve(models: Annotated[list[Path], typer.Argument(help="Model folders or ex
     except ImportError as error: raise UserError("serve needs two more packages: pip install 'expnet[serve]'") from error
     desk = Desk({str(path): Runtime(path) if is_artefact(path) else load(path, pick_device(device)) for path in models}, Limits(megabytes, megapixels))
     place, hosts = listening(host, port), LOOPBACK if host in LOOPBACK else ("*",)  # the port is taken before the address is printed
-    print(f"open http://{host}:{place.getsockname()[1]} (stop with Ctrl-C)", flush=True)
+    print(f"open {address(host, place)} (stop with Ctrl-C)", flush=True)
     uvicorn.Server(uvicorn.Config(application(desk, hosts), log_level="warning")).run(sockets=[place])

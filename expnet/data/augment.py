@@ -56,7 +56,7 @@ class Augmented(Changing, Pictures):
     def one(self, id: str) -> Tensor:
         """The prepared picture [3, S, S] as it is, or as it is in this epoch."""
         if self.number is None: return super().one(id)
-        draw = np.random.default_rng([self.seed, self.number, crc32(id.encode())])          # hash() differs from process to process
+        draw = np.random.default_rng([self.seed % 2**32, self.number, crc32(id.encode())])          # hash() differs from process to process
         return self.prepare(vary(read_image(self.paths[id], self.prepare.as_original), draw, id in self.mirrors))
 
 # %% ../../nbs/data/12_augment.ipynb #Mirrored
@@ -79,7 +79,7 @@ class TwoSides(Changing):
     def turned(self, id: str) -> bool:
         """Whether the picture is seen from its other side."""
         if self.number is None or id not in self.mirrored: return False
-        return np.random.default_rng([self.seed, self.number, crc32(id.encode())]).random() < 0.5
+        return np.random.default_rng([self.seed % 2**32, self.number, crc32(id.encode())]).random() < 0.5
 
     def read(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Features x [B, N, D] of `ids` from one side or the other, and mask [B, N]."""

@@ -73,6 +73,7 @@ def read_vocabulary(path: str | Path) -> Vocab:
     if Path(path).suffix == ".json": return Vocab.load(path)
     value, where = read_plain(path), str(path)
     words, index = need(value, "idx2word_list", list, where), need(value, "word2idx_dict", dict, where)
+    if not all(isinstance(word, str) for word in words): raise UserError(f"{where}: field 'idx2word_list' holds something else than words")
     if index != {word: place for place, word in enumerate(words)}: raise UserError(f"{where}: its list and its dictionary disagree")
     for key, name in (("sos_str", "SOS"), ("eos_str", "EOS")):
         if need(value, key, str, where) != name: raise UserError(f"{where}: field {key!r} is {value[key]!r}, expected {name!r}")

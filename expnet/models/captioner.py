@@ -106,7 +106,7 @@ class Captioner(nn.Module, ABC):
         With `look`, aux holds what the model has of "attention" [R, K, N], "expansion" [R, K, E], "words" [R, K, L]."""
 
     def forward(self, memory: Memory, tokens: Tensor) -> Tensor:
-        """Teacher forcing: scores [R, T, V] for inputs [R, T] from `teacher_forcing`, up to a constant a row."""
+        """Teacher forcing: scores [R, T, V] for inputs [R, T] from `teacher_forcing`, up to a constant a place."""
         return unroll(self, memory, tokens)
 
     def caption(self, images, beam: int = 3, n_best: int = 1, **options) -> list:

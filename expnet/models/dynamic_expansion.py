@@ -71,7 +71,8 @@ class DynamicExpansion(nn.Module):
 # %% ../../nbs/models/22_dynamic_expansion.ipynb #shares
 def shares(block: DynamicExpansion, x: Tensor, past: Past, keep: Tensor) -> tuple[Tensor, Tensor]:
     """What the rows of `block.step` with the same arguments are made of: shares of the expansion vectors [B, new, E] and of the
-    words' values [B, new, L], for x [B, new, D], past [old, B, 4D] and keep [1 or B, L, L]. They sum to 1, or to less if a word has no likes or no dislikes."""
+    words' values [B, new, L], for x [B, new, D], past [old, B, 4D] and keep [1 or B, L, L]. They sum to 1, or to less if a word has no likes or no dislikes; the
+    words' also where a vector that is read likes none of its own words and brings only its condition and bias."""
     remembered, selector = block.project(x).split((4 * x.shape[-1], x.shape[-1]), -1)
     cond, key, _, _ = past.append(remembered).kept.transpose(0, 1).chunk(4, -1)
     z, gate = block.scores(cond, key), torch.sigmoid(selector).mean(-1, keepdim=True)

@@ -37,7 +37,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x [..., in] times weight [out, in], plus bias [out]: [..., out], by oneDNN's operator; `weight` may lie in memory as it likes."""
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
-        # with gaps between its rows the product would take five hundred times as long as this copy
+        # with gaps between its rows the product would take many hundred times as long as this copy
         weight = weight.contiguous() if weight.stride(1) == 1 else weight.T.contiguous().T
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
 

@@ -22,7 +22,7 @@ from ..data.vocabulary import Vocab
 from ..data.pickles import read_vocabulary
 from .backbone import Backbone, make_backbone, read_weights
 from .expansionnet import ExpansionNet, ExpansionNetConfig
-from .swin import SWINS, Swin, SwinConfig, published_buffers
+from .swin import SWINS, Swin, SwinConfig, as_published, published_buffers
 from ..tools import UserError, undrawn, whole_file
 
 # %% ../../nbs/models/24_official.ipynb #names-tables
@@ -151,7 +151,7 @@ def read_official(path: str | Path, backbone: str | Path | None = None) -> dict[
     tensors = read_weights(path)
     if backbone is None: return tensors
     body = {name: x for name, x in tensors.items() if not name.startswith(SWIN)}
-    return {**{SWIN + name.removeprefix(SWIN): x for name, x in read_weights(backbone).items()}, **body}
+    return {**{SWIN + name: x for name, x in as_published(read_weights(backbone)).items()}, **body}
 
 def build(tensors: Mapping[str, Tensor], vocab: Vocab, static: Sequence[int], heads: int, as_original: bool) -> ExpansionNet:
     """A model of the sizes of `tensors`, with a backbone if they hold one. Its weights are still to come."""
@@ -192,7 +192,8 @@ def to_official(model: ExpansionNet) -> dict[str, Tensor]:
     return {**out, **computed(model)}
 
 def export_official(path: str | Path, model: ExpansionNet) -> None:
-    """Store `model` in the file `path` as the original code's training script does."""
+    """Store `model` in the file `path` as the original code's training script does; UserError if it says several words a step."""
+    if model.K > 1: raise UserError(f"{path}: the published code says one word a step, this model {model.K}")
     with whole_file(path) as aside: torch.save({"model_state_dict": to_official(model)}, aside)
 
 # %% ../../nbs/models/24_official.ipynb #transfer
@@ -221,7 +222,7 @@ def transfer(model: ExpansionNet, vocab: Vocab, max_len: int | None = None) -> t
     places = min(config.max_len, model.config.max_len)
     for name, x in fresh.state_dict().items():
         # state_dict hands out the model's own storage, so writing here sets the weights
-        if name in ROWS: x[mine] = old[name][theirs]
+        if name in ROWS: x[mine.to(x.device)] = old[name][theirs.to(old[name].device)].to(x)
         elif name == "words.position.weight": x[:places] = old[name][:places]
         elif not name.startswith("backbone."): x.copy_(old[name])
     counts = len(vocab) - len(shared), len(model.vocab) - len(shared), places, config.max_len - places

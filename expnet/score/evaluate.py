@@ -183,22 +183,22 @@ def evaluate(hyps: Mapping[str, str], items: Sequence[Item], metrics: Mapping[st
 
 # %% ../../nbs/score/38_evaluate.ipynb #evaluate-sets
 def evaluate_sets(sets: Mapping[str, Sequence[str]], items: Sequence[Item], metrics: Mapping[str, Metric] = METRICS,
-                  tokenizer: Callable[[str], list[str]] = ptb_tokenize) -> dict[str, Scores]:
+                  tokenizer: Callable[[str], list[str]] = ptb_tokenize, rule: Callable[[list[str]], list[str]] | None = None) -> dict[str, Scores]:
     """Scores of n captions for each of `items` (`sets`: id -> n captions): "best of n", "mean of n" and "diversity".
 
     Best and mean are taken over the captions of a picture, column by column of `evaluate`, then averaged over pictures; so
-    BLEU here is that of captions, not of the corpus. Diversity: distinct-1, distinct-2, mutual-BLEU-4, Self-CIDEr."""
+    BLEU here is that of captions, not of the corpus. Diversity: distinct-1, distinct-2, mutual-BLEU-4, Self-CIDEr. rule: see `evaluate`."""
     bare = [name for name, captions in sets.items() if isinstance(captions, str)]
     if bare: raise UserError(f"a list of captions expected for each image, not one string ({len(bare):,}): {some(bare)}")
     size = equal_sizes(list(sets.values()))
     # all first captions, all second ones, ...
-    places = [evaluate({name: captions[k] for name, captions in sets.items()}, items, metrics, tokenizer) for k in range(size)]
+    places = [evaluate({name: captions[k] for name, captions in sets.items()}, items, metrics, tokenizer, rule) for k in range(size)]
     rows = {}
     for name, choose in (("best", max), ("mean", np.mean)):
         per_image = {item.id: {column: float(choose([place.per_image[item.id][column] for place in places]))
                                for column in places[0].per_image[item.id]} for item in items}
         rows[f"{name} of {size}"] = Scores(mean_over(per_image), per_image)
-    per_image = variety([[tokenizer(text) for text in sets[item.id]] for item in items], items, tokenizer)
+    per_image = variety([[(rule or list)(tokenizer(text)) for text in sets[item.id]] for item in items], items, tokenizer)
     return rows | {"diversity": Scores(mean_over(per_image), per_image)}
 
 # %% ../../nbs/score/38_evaluate.ipynb #sets-parts

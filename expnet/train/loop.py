@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Watch', 'Data', 'Run', 'save', 'restore', 'settings', 'compare', 'validate', 'Timed', 'train_epoch', 'log_means',
-           'end_epoch', 'measure', 'keep', 'run_phase', 'fit', 'clean']
+           'end_epoch', 'measure', 'keep', 'run_phase', 'fit', 'known_tracker', 'clean']
 
 # %% ../../nbs/train/47_loop.ipynb #imports
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.augment import Augmented, TwoSides
@@ -117,7 +118,7 @@ def settings(run: Run) -> dict[str, Any]:
     """What may not change between a run and its continuation: the phase's numbers and the data they refer to; JSON values."""
     free = {"batch", "accumulate", "save_every", "keep_every"}  # how a step is divided may change with the computer, its size may not
     numbers = {name: value for name, value in asdict(run.phase).items() if name not in free}
-    return json.loads(json.dumps({**numbers, "samples a step": run.phase.batch * run.phase.accumulate,
+    return json.loads(json.dumps({**numbers, "K": run.model.K, "samples a step": run.phase.batch * run.phase.accumulate,
                                   "vocabulary": run.data.vocab.fingerprint, "training pictures": len(run.batches.items)}))
 
 def compare(then: dict[str, Any], now: dict[str, Any], where: Path) -> None:
@@ -231,6 +232,7 @@ def fit(model: Captioner, data: Data, phases: Phase | Sequence[Phase], out: str 
     `out` itself becomes the model folder of the last finished phase. A run that was stopped continues where its last state was
     saved, with the same result as if it had not been stopped. trained: the model can speak already. track: a tracker of
     Accelerate by name, such as tensorboard. Diverged ends the run; the pictures are in `out`/NAME/bad_batch.json."""
+    known_tracker(track)
     history = []
     for phase in [phases] if isinstance(phases, Phase) else phases:
         run = Run(model, data, phase, Path(out) / phase.name, device, **({"log_with": track} if track else {}))
@@ -244,6 +246,11 @@ def fit(model: Captioner, data: Data, phases: Phase | Sequence[Phase], out: str 
         if run.main: save_model(out, model)
         trained = True
     return history
+
+def known_tracker(name: str | None) -> None:
+    """UserError if no tracker of this `name` is installed; None is no tracker."""
+    here = [str(kind) for kind in get_available_trackers()]
+    if name not in (None, *here): raise UserError(f"tracker {name!r}: unknown or not installed; here: {', '.join(here) or 'none'}")
 
 def clean(*folders: Path) -> None:
     """Remove what a killed process left half written in `folders`."""

@@ -30,9 +30,9 @@ from ..decode.search import Beam, How
 from ..models.backbone import Backbone, from_spec, read_weights
 from ..models.captioner import Captioner
 from ..score.evaluate import Scores, evaluate
-from ..tools import UserError, seed_all
+from ..tools import UserError, pick_device, seed_all
 from .checkpoints import fill, kind_of, load, save_tensors
-from .loop import Data, Watch, fit
+from .loop import Data, Watch, fit, known_tracker
 from .step import Phase
 
 # %% ../../nbs/train/48_recipes.ipynb #prepare
@@ -56,13 +56,13 @@ def extract(folder: str | Path, backbone: Backbone, device: str | None = None, i
     items: by default those of the data folder `folder`. device: by default that of the process.
     UserError if the features that are there were made with other weights, or nobody knows with which."""
     folder, here = Path(folder), PartialState()
+    items, name = load_items(folder / "items.jsonl") if items is None else items, "features.h5"  # first: nothing is written into a folder that is none
     weights, there = folder / "backbone.safetensors", any((folder / name).exists() for name in ("features.h5", "features.h5.part"))
     if there and not weights.exists(): raise UserError(f"{weights}: no such file, and the features beside it cannot be continued without it")
     if there and not same_weights(backbone, read_weights(weights)):
         raise UserError(f"{weights}: the features beside it were made with other weights; choose a new folder")
     if not there and here.is_main_process: save_tensors(weights, backbone.state_dict())
     here.wait_for_everyone()
-    items, name = load_items(folder / "items.jsonl") if items is None else items, "features.h5"
     if mirror: items, backbone, name = list(filter(fits_mirror, of_split(items, "train"))), Mirrored(backbone), "mirrored.h5"
     return write_features(folder / name, items, backbone, device=device or str(here.device), **options)
 
@@ -179,6 +179,8 @@ class Chain:
     """Phases one after the other: the model as it has become, and the folder of the features that go with it."""
     def __init__(self, folder: Path, out: Path, how: Recipe, device: str, watch: Watch, backbone: Backbone | None, track: str | None):
         if not folder.is_dir(): raise UserError(f"{folder}: no such data folder (make one with: expnet prepare)")
+        if device != "auto": pick_device(device)              # what is not there is told now, not after an hour
+        known_tracker(track)
         self.folder, self.out, self.how, self.device, self.watch = folder, out, how, device, watch
         self.here = PartialState(cpu=device == "cpu")
         self.backbone, self.track, self.features = backbone, track, folder

@@ -26,7 +26,7 @@ from ..data.batches import Batch
 from ..models.captioner import Captioner, Memory, teacher_forcing
 from ..models.dropout import Dropout
 from ..score.reward import CiderDReward, References, Reward
-from ..tools import UserError
+from ..tools import UserError, pick_device
 from .losses import xe
 from .optimisers import OPTIMISERS, SCHEDULES, Average, groups, make_optimiser, set_rate
 from .own_words import own_words
@@ -212,7 +212,7 @@ def make_accelerator(phase: Phase, device: str = "auto", **options: Any) -> Acce
     """Accelerate for one phase: its precision and accumulation on `device` (auto: the process's GPU, else the CPU)."""
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     precision = {"fp32": "no", "bf16": "bf16"}[phase.precision]
-    kind = torch.device("cpu" if device == "auto" and not torch.cuda.is_available() else device if device != "auto" else "cuda")
+    kind = pick_device("cpu" if device == "auto" and not torch.cuda.is_available() else device)
     if kind.type == "cuda" and kind.index is not None: torch.cuda.set_device(kind)
     return Accelerator(cpu=kind.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=phase.accumulate, **options)
 
