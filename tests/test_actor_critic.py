@@ -22,7 +22,7 @@ from expnet.score.reward import References, spoken
 from expnet.tools import seed_all
 from expnet.train.checkpoints import load, save_model
 from expnet.train.recipes import evaluate_split, extract, open_data, prepare_world, train
-from expnet.train.self_critical import say
+from expnet.train.self_critical import say, score_words
 from expnet.train.step import Learner, Phase, training_mode
 
 SPECIALS = ["EOS", "PAD", "SOS", "UNK"]
@@ -85,6 +85,22 @@ def test_words_behind_the_end_teach_nobody():
         type(model).values = lambda self, tokens: values(self, tokens) + 100.0 * ~spoken(tokens, VOCAB)
         assert {name: float(value.detach()) for name, value in lesson(model).items()} == pytest.approx(plain, rel=1e-6)
     finally: type(model).values = values
+
+
+def test_the_critics_error_is_the_square_over_real_words_and_the_mean_over_captions():
+    light, heavy = small(value=0.0), small(value=1.0)
+    with torch.no_grad():
+        without, with_error = lesson(light), lesson(heavy)
+        torch.manual_seed(5)                                                    # the same samples once more
+        memory = heavy.encode(PICTURES)
+        tokens = say(heavy, memory, 3, 8)
+        score_words(heavy, memory, tokens)
+        values, scores = heavy.values(tokens), torch.as_tensor(REWARD(["a", "b", "c"], tokens)).float()
+    lengths = spoken(tokens, VOCAB).sum(-1)
+    assert lengths.min() < tokens.shape[-1]                                     # some are over before the longest
+    by_hand = [sum((values[b, k, t] - scores[b, k])**2 for t in range(lengths[b, k])) for b in range(3) for k in range(3)]
+    assert (with_error["loss"] - without["loss"] - sum(by_hand) / 9).abs() < 1e-5
+    assert (with_error["surprise"] - sum(by_hand) / lengths.sum()).abs() < 1e-6
 
 
 def test_the_bonus_for_entropy_fades_from_epoch_to_epoch():
