@@ -40,7 +40,7 @@ def pick_device(name: str = "auto") -> "torch.device":
     if device.type == "cuda" and not torch.cuda.is_available(): raise UserError(f"device {name!r}: no CUDA GPU is visible")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA GPUs")
-    if device.type not in ("cpu", "cuda", "mps"): raise UserError(f"device {name!r}: this book knows cpu, cuda and mps")
+    if device.type not in ("cpu", "cuda", "mps"): raise UserError(f"device {name!r}: choose cpu, cuda, mps or auto")
     if device.type == "mps" and not mps: raise UserError(f"device {name!r}: no Apple GPU is visible")
     return device
 

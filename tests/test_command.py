@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from expnet.classics.show_tell import ShowTell, ShowTellConfig
 from expnet.cli.export import calibration_pictures
 from expnet.data.vocabulary import Vocab
 from expnet.data.shapes import record
@@ -106,6 +107,12 @@ def model(folder) -> Path:
     config = replace(ExpansionNetConfig.preset("tiny", eye.dim), encoder_layers=1, decoder_layers=1, max_len=8)
     save_model(folder / "small", ExpansionNet(config, words, eye).eval())
     return folder / "small"
+
+
+def test_bench_is_for_expansionnets(folder):
+    eye, words = make_backbone("shapes"), Vocab(["EOS", "PAD", "SOS", "UNK", "a"])
+    save_model(folder / "tell", ShowTell(ShowTellConfig.preset("tiny", eye.dim), words, eye).eval())
+    one_line(expnet("bench", "decode", "tell", cwd=folder, ok=False), "tell: a ShowTell")
 
 
 def test_qdq_is_calibrated_on_a_data_folder_and_tensorrt_is_asked_without_a_gpu(folder, model):

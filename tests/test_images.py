@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from expnet.data.augment import TwoSides
 from expnet.data.images import MAX_PIXELS, BadImage, Preprocess, as_rgb, list_images, preprocess_from, read_image
 from expnet.tools import UserError
 
@@ -225,3 +226,8 @@ def test_list_images(tmp_path):
     assert names("x[1].png") == ["x[1].png"] and names("c.txt") == ["c.txt"]
     for empty in ("*.gif", "nowhere", "folder.png"):
         with pytest.raises(UserError, match="no picture files in it|no such file, folder"): list_images(tmp_path / empty)
+
+
+def test_any_seed_chooses_sides():
+    turned = {seed: [TwoSides({}, set(map(str, range(64))), seed).in_epoch(0).turned(str(i)) for i in range(64)] for seed in (-1, 2**32 - 1, 0)}
+    assert turned[-1] == turned[2**32 - 1] != turned[0] and 16 < sum(turned[-1]) < 48

@@ -15,6 +15,7 @@ from drawn import drawn_file
 from expnet.data.vocabulary import Vocab
 from expnet.data.pickles import read_plain, read_vocabulary, write_vocabulary
 from expnet.models.official import export_official, import_official, transfer
+from expnet.models.swin import to_timm
 from expnet.tools import UserError
 from expnet.train.checkpoints import load, save_model
 
@@ -82,6 +83,8 @@ def test_the_order_of_the_words_and_the_line_break_survive(tmp_path):
     with pytest.raises(UserError, match="disagree"): read_vocabulary(tmp_path / "w.pickle")
     (tmp_path / "w.pickle").write_bytes(pickle.dumps({"idx2word_list": ["a"]}))
     with pytest.raises(UserError, match="w.pickle: field 'word2idx_dict' is missing"): read_vocabulary(tmp_path / "w.pickle")
+    (tmp_path / "w.pickle").write_bytes(pickle.dumps({"idx2word_list": ["a", ["b"]], "word2idx_dict": {"a": 0}}))
+    with pytest.raises(UserError, match="holds something else than words"): read_vocabulary(tmp_path / "w.pickle")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -181,6 +184,18 @@ def test_other_words_and_fewer_places_keep_what_is_shared(tmp_path, whole):
     seeded(seeded.encode(images), torch.tensor([mine.ids(text)])).sum().backward()
     assert all(p.grad is not None for name, p in seeded.named_parameters() if not name.startswith("backbone."))
     assert seeded.words.embed.weight.grad[mine.index["w03"]].abs().sum() > 0
+    halved, _ = transfer(model.bfloat16(), mine)
+    assert halved.head.bias[mine.index["w11"]].item() == model.head.bias[vocab.index["w11"]].item()
+
+
+def test_a_body_is_completed_by_a_swin_in_the_layout_of_timm(tmp_path, whole):
+    swin = {name.removeprefix("swin_transf."): x for name, x in whole.items() if name.startswith("swin_transf.")}
+    torch.save({name: x for name, x in whole.items() if not name.startswith("swin_transf.")}, tmp_path / "body.pth")
+    torch.save(to_timm({name: x for name, x in swin.items() if not name.endswith(("relative_position_index", "attn_mask"))}), tmp_path / "swin.pth")
+    model, report = import_official(tmp_path / "body.pth", vocab, GROUPS, HEADS, backbone=tmp_path / "swin.pth")
+    own = model.backbone.state_dict()
+    assert report.complete and all(torch.equal(own["trunk." + name], x) for name, x in swin.items()
+                                   if not name.endswith(("relative_position_index", "attn_mask")))
 
 
 @pytest.mark.alone                                                           # a neighbour would share the memory's speed and change the ratio

@@ -35,7 +35,7 @@ def wanted_lines(path: str | Path, vocab: Vocab) -> Iterator[tuple[int, str, lis
             size = size or len(line.split()) - 1                          # the first line says how many numbers
             word, *values = line.rstrip().rsplit(" ", size)
             name, _, rest = word.partition(" ")                           # a word may hold blanks, but hardly a word and numbers
-            if name in vocab.index and re.fullmatch(r"[-+.\de ]+", rest): raise UserError(f"{path}: line {number}: more than {size} numbers")
+            if name in vocab.index and re.fullmatch(r"([-+]?\.?\d\S* ?)+", rest): raise UserError(f"{path}: line {number}: more than {size} numbers")
             if word in vocab.index: yield number, word, values
 
 # %% ../../nbs/data/13_word_vectors.ipynb #read-vectors
